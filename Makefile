@@ -1,0 +1,47 @@
+# make demo | test | lint | clean. Each makes .venv and installs what it needs, at the pinned versions; nothing is
+# installed again unless pyproject.toml or constraints.txt has changed.
+PYTHON ?= python3.11
+BIN := .venv/bin
+C := configs/digits.yaml
+
+# Two small cores: one thread a process, which sleeps while it waits, is several times faster than two that spin.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test test-fast lint format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Teacher, path, three generators (path, none, warm), their scores, and one page. A second `make demo` goes on where the
+# first was stopped.
+demo: .venv/installed
+	$(BIN)/disback shards --digits
+	$(BIN)/disback pretrain --config $(C)
+	$(BIN)/disback record --config $(C)
+	$(BIN)/disback backtrack --config $(C)
+	$(BIN)/disback backtrack --config configs/digits_none.yaml
+	$(BIN)/disback backtrack --config configs/digits_warm.yaml
+	$(BIN)/disback evaluate --config configs/digits_none.yaml --watch
+	$(BIN)/disback evaluate --config configs/digits_warm.yaml --watch
+	$(BIN)/disback evaluate --config $(C) --watch 'evaluate.what=[teacher, start, generator]'
+	$(BIN)/disback report --config $(C)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs shards build *.egg-info

@@ -1,0 +1,1 @@
+"""Shards in: writing, indexing, ordering, reading. Knows nothing of `trainer` or `models`."""

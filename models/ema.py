@@ -1,0 +1,29 @@
+"""Exponential moving average of weights, in float32, over whatever slices this rank owns."""
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """Averages a list of tensors in place. Under ZeRO-3 the tensors are the rank's own slices, so that the average is
+    sharded as the weights are and costs no communication."""
+
+    def __init__(self, tensors: list[Tensor], decay: float):
+        self.decay = decay
+        self.shadow = [t.detach().float().clone() for t in tensors]
+
+    @torch.no_grad()
+    def update(self, tensors: list[Tensor]) -> None:
+        """shadow <- decay * shadow + (1 - decay) * tensors."""
+        live = [t.detach() if t.dtype == torch.float32 else t.detach().float() for t in tensors]
+        torch._foreach_lerp_(self.shadow, live, 1 - self.decay)
+
+    def state_dict(self) -> dict:
+        return {"decay": self.decay, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if the state belongs to other shapes."""
+        for mine, saved in zip(self.shadow, state["shadow"], strict=True):
+            if mine.shape != saved.shape:
+                raise ValueError(f"EMA slice of shape {tuple(saved.shape)} where {tuple(mine.shape)} is expected")
+            mine.copy_(saved)

@@ -1,0 +1,68 @@
+"""Distances between sets of images, from their features; pure functions, sharded by sums."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, sum and second-moment sum of features, in float64: of two parts of a set they add up, so ranks need not
+    gather features. stack: one vector [1 + D + D D] for an all-reduce."""
+
+    stack: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """features: [N, D]."""
+        f = features.double()
+        count = torch.tensor([float(len(f))], dtype=torch.float64, device=f.device)
+        return cls(torch.cat([count, f.sum(0), (f.T @ f).flatten()]), f.shape[1])
+
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and unbiased covariance [D, D]."""
+        count, d = self.stack[0], self.size
+        mean = self.stack[1 : 1 + d] / count
+        second = self.stack[1 + d :].view(d, d)
+        return mean, (second - count * torch.outer(mean, mean)) / (count - 1)
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """Frechet distance of two Gaussians (Heusel et al. 2017): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric.
+    """
+    (m1, c1), (m2, c2) = one.mean_and_covariance(), other.mean_and_covariance()
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
+    return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross)
+
+
+def kernel_distance(one: Tensor, other: Tensor) -> float:
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018) of whole feature sets [N, D]."""
+    x, y = one.double(), other.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
+
+
+def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of fake samples within the real manifold, and of real samples within the fake one (Kynkaanniemi et al.
+    2019); a manifold is the union of balls that reach each sample's k-th neighbour. Feature sets [N, D], [M, D]."""
+
+    def radii(a: Tensor) -> Tensor:
+        return torch.cdist(a, a).kthvalue(neighbours + 1, dim=1).values  # the nearest is the sample itself
+
+    between = torch.cdist(fake.double(), real.double())
+    precision = (between <= radii(real.double())[None, :]).any(1).double().mean()
+    recall = (between <= radii(fake.double())[:, None]).any(0).double().mean()
+    return float(precision), float(recall)

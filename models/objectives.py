@@ -1,0 +1,40 @@
+"""Score-distillation objectives: pure functions that return the gradient on x0.
+
+The generator descends E[ w(t) (s_fake(x_t) - s_target(x_t)) dx0/dphi ] (DisBack, eq. 7; Diff-Instruct, eq. 3.2).
+With s = -eps / sigma and eps = (x_t - alpha x0) / sigma, the score difference s_fake - s_target is
+(eps_target - eps_fake) / sigma, and that is alpha / sigma^2 (x0_fake - x0_target).
+A new objective is one function here and one line in OBJECTIVES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the objectives see of one noised generator batch; every tensor has shape [B, C, H, W] unless said."""
+
+    x0: Tensor  # the generator's sample, detached
+    target_x0: Tensor  # the target's (guided) estimate of x0 from x_t
+    fake_x0: Tensor  # the fake score's estimate of x0 from x_t, never guided
+    alpha: Tensor  # [B, 1, 1, 1]
+    sigma: Tensor  # [B, 1, 1, 1]
+
+
+def vsd(scores: Scores) -> Tensor:
+    """Variational score distillation (Wang et al. 2023, eq. 9) with w(t) = sigma_t^2 on the noise difference:
+    g = sigma^2 (eps_target - eps_fake) = sigma alpha (x0_fake - x0_target)."""
+    return scores.sigma * scores.alpha * (scores.fake_x0 - scores.target_x0)
+
+
+def dmd(scores: Scores) -> Tensor:
+    """Distribution matching distillation (Yin et al. 2024, eq. 7-8), normalised a sample:
+    g = (x0_fake - x0_target) / mean|x0 - x0_target|."""
+    scale = (scores.x0 - scores.target_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
+    # A sample on which the target agrees to the last bit has nothing to say; do not divide by it.
+    return (scores.fake_x0 - scores.target_x0) / scale.clamp_min(1e-8)
+
+
+OBJECTIVES: dict[str, Callable[[Scores], Tensor]] = {"vsd": vsd, "dmd": dmd}

@@ -1,0 +1,72 @@
+"""Captions to images, with one step or many; the network may be a plain UNet or an engine."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor, nn
+
+from models.diffusion import Schedule
+from models.networks import generate, predict_guided
+from models.pipeline import load_schedule, load_vae
+from models.text import TextEncoder
+
+
+def image_noise(seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Starting noise [B, *shape] of images by number: image i is drawn from a CPU generator with seed + i, as
+    `torch.Generator("cpu").manual_seed(seed + i)` gives it to a diffusers pipeline, on every machine alike."""
+    draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed + i)) for i in indices]
+    return torch.stack(draws).to(device)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 by truncation of (x + 1) * 127.5, the protocol of the published numbers."""
+    return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+class Sampler:
+    """Everything but the denoising network: text encoders, schedule and decoder of one pipeline folder."""
+
+    def __init__(
+        self, text: TextEncoder, vae: AutoencoderKL, schedule: Schedule, scheduler_config: dict, resolution: int
+    ):
+        self.text, self.vae, self.schedule, self.resolution = text, vae, schedule, resolution
+        self.scheduler_config = scheduler_config
+
+    @classmethod
+    def load(cls, pipeline: Path, resolution: int, dtype: torch.dtype, device: torch.device) -> "Sampler":
+        """Loads the parts from a pipeline folder; the decoder stays in float32 (SDXL's overflows in half)."""
+        text = TextEncoder(pipeline, dtype, device)
+        vae = load_vae(pipeline).to(device)
+        schedule = load_schedule(pipeline).to(device)
+        return cls(text, vae, schedule, dict(text.parts.scheduler.config), resolution)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = self.resolution // factor
+        return self.vae.config.latent_channels, side, side
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
+        return to_uint8(self.vae.decode(latents.float() / self.vae.config.scaling_factor, return_dict=False)[0])
+
+    @torch.no_grad()
+    def one_step(self, net: nn.Module, captions: list[str], z: Tensor, timestep: int) -> Tensor:
+        """uint8 images [B, 3, H, W] of a one-step generator from z [B, C, h, w]."""
+        cond = self.text.encode(captions, self.resolution)
+        return self.decode(generate(net, z, cond, self.schedule, timestep))
+
+    @torch.no_grad()
+    def many_steps(self, net: nn.Module, captions: list[str], z: Tensor, steps: int, guidance_scale: float) -> Tensor:
+        """uint8 images [B, 3, H, W] of a diffusion model by deterministic DDIM (Song et al. 2021) from z."""
+        scheduler = DDIMScheduler.from_config(self.scheduler_config, clip_sample=False)
+        scheduler.set_timesteps(steps)
+        cond = self.text.encode(captions, self.resolution)
+        x = z
+        for t in scheduler.timesteps:
+            batch_t = torch.full((len(x),), int(t), device=x.device)
+            prediction, _ = predict_guided(net, x, batch_t, cond, guidance_scale)
+            x = scheduler.step(prediction, t, x).prev_sample
+        return self.decode(x)

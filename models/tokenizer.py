@@ -1,0 +1,41 @@
+"""CLIP's tokenizer without a download: open_clip ships its vocabulary."""
+
+import gzip
+from functools import cache
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+VOCABULARY = 49408  # 256 bytes + 256 bytes that end a word + 48,894 merges + start and end
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    import open_clip
+    from open_clip.tokenizer import bytes_to_unicode
+
+    file = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - 512 - 2 + 1]]  # line 0 is a header
+    letters = list(bytes_to_unicode().values())
+    words = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges] + [START, END]
+    return {word: i for i, word in enumerate(words)}, merges
+
+
+def clip_tokenizer(max_length: int, pad_token: str = END) -> CLIPTokenizer:
+    """CLIP's own byte-pair tokenizer for texts of `max_length` tokens. SDXL's first pads with the end token, its second
+    with "!" (id 0)."""
+    vocabulary, merges = _vocabulary()
+    tokenizer = CLIPTokenizer(
+        vocab=dict(vocabulary),
+        merges=list(merges),
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=pad_token,
+        model_max_length=max_length,
+    )
+    if len(tokenizer) != VOCABULARY:  # transformers builds a two-word tokenizer if it does not like its arguments
+        raise RuntimeError(f"CLIP tokenizer has {len(tokenizer)} entries instead of {VOCABULARY}")
+    return tokenizer

@@ -1,0 +1,222 @@
+"""`disback backtrack`: stage 2, distribution backtracking (DisBack, algorithm 2), and its ablations.
+
+A step is one fake-score update. Every `fake_updates`-th step begins with a generator update:
+
+    captions -> text states -> generator -> x0 -> gradient on x0 (target, fake score) -> generator step
+                                            x0.detach() -> fake-score step
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.reader import Batch
+from models.conditioning import Conditioning
+from models.ema import Ema
+from models.flops import forward_flops
+from models.networks import denoising_loss, generate, predict, predict_guided
+from models.objectives import OBJECTIVES, Scores
+from models.pipeline import check_pipeline, load_unet, weights_hash, write_one_step_pipeline
+from trainer.command import run_verb
+from trainer.distributed import barrier, mean_over_ranks
+from trainer.engines import Role, deepspeed_config
+from trainer.errors import UserError
+from trainer.loop import train
+from trainer.path import open_path
+from trainer.run import Run
+from trainer.runstate import WEIGHTS
+from trainer.schedules import learning_rate
+from trainer.stage import TrainStage
+from trainer.target import Target
+from trainer.telemetry import Meters, log
+from trainer.weights import save_folder
+
+
+class Backtracking(TrainStage):
+    def __init__(self, run: Run):
+        settings, s = run.settings.backtrack, run.settings
+        super().__init__("backtrack", run, settings, images=False)
+        if settings.steps % settings.fake_updates:
+            raise UserError(
+                f"backtrack.steps={settings.steps} is not a multiple of backtrack.fake_updates={settings.fake_updates}: the "
+                "last generator update would lack fake-score updates"
+            )
+        teacher_folder = s.pipeline_folder / "unet"
+        path = None
+        if settings.path != "none":
+            path = open_path(s.path_folder, teacher_folder, s.start_folder, s.conditioning_timestep, run.world)
+        self.sampler = run.sampler(s.pipeline_folder)
+        self.schedule, self.timestep = self.sampler.schedule, s.conditioning_timestep
+        self.objective = OBJECTIVES[settings.objective]
+        far = path.folder(len(path.nodes) - 1) if path else teacher_folder
+        log.info(f"fake score starts from {far}")
+        generator = load_unet(s.start_folder)
+        self.config = dict(generator.config)
+
+        def role(name: str, unet: torch.nn.Module, ds_config: str, optimizer: object) -> Role:
+            clip = settings.clip if optimizer else 0.0
+            config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, s.precision, run.world)
+            return Role(name, unet, config, run.world, optimizer)
+
+        self.teacher = role("teacher", load_unet(teacher_folder), settings.teacher_ds_config, None)
+        self.generator = role("generator", generator, settings.generator_ds_config, settings.generator)
+        self.fake_score = role("fake_score", load_unet(far), settings.fake_score_ds_config, settings.fake_score)
+        self.roles = {"teacher": self.teacher, "generator": self.generator, "fake_score": self.fake_score}
+        self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
+        self.ema = Ema(self.generator.local(), settings.ema)
+        self.kept: list[tuple[Tensor, list[str]]] = []  # the last generator turn's samples and captions
+        self.flops = self._flops()
+        self.identity["teacher"] = weights_hash(teacher_folder)
+        if path:
+            self.identity["far_node"] = path.nodes[-1].sha256
+
+    def _flops(self) -> float:
+        """FLOP of an average step and rank: a turn has the generator forward and back (3), target and fake score
+        forward; a fake update is forward and back (3), and makes its own samples unless it may reuse a turn's."""
+        settings = self.settings
+        tokens = self.sampler.text.parts.tokenizer.model_max_length
+        forward = forward_flops(self.config, self.sampler.latent_shape, tokens)
+        turn = 3 + (1 if settings.guidance_scale == 1 else 2) + 1
+        fresh = 0 if settings.reuse_x0 else settings.fake_updates - 1
+        passes = turn + 3 * settings.fake_updates + fresh
+        return forward * passes / settings.fake_updates * self.micro * settings.accumulation
+
+    def update(self, step: int, meters: Meters, want_norms: bool) -> dict | None:
+        settings = self.settings
+        self.rates = {
+            "generator": learning_rate(settings.generator, step, self.steps),
+            "fake_score": learning_rate(settings.fake_score, step, self.steps),
+        }
+        turn = step % settings.fake_updates == 0
+        switched = turn and self.target.move(step // settings.fake_updates)
+        if turn:
+            self.kept = []
+        for part, batch in enumerate(self.micro_batches(meters)):
+            if turn:
+                x0, cond = self._generator_turn(step, batch, meters, want_norms)
+                self.kept.append((x0, batch.captions))
+            elif settings.reuse_x0:
+                x0, captions = self.kept[part]
+                cond = self._encode(captions)
+            else:
+                cond = self._encode(batch.captions)
+                with torch.no_grad():
+                    x0 = self._sample(step, batch, cond)
+            t = self.schedule.timesteps(self.noise.uniform("fake t", step, batch.index))
+            eps = self.noise.normal("fake eps", step, batch.index, tuple(x0.shape[1:]))
+            loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
+            meters.add("loss/fake_score", loss)
+            self._norm("fake_score", self.fake_score.step(loss, self.rates["fake_score"], want_norms))
+        if turn:
+            self.ema.update(self.generator.local())
+            if not settings.reuse_x0:
+                self.kept = []
+        return {} if switched else None
+
+    def _encode(self, captions: list[str]) -> Conditioning:
+        return self.sampler.text.encode(captions, self.sampler.resolution)
+
+    def _sample(self, step: int, batch: Batch, cond: Conditioning) -> Tensor:
+        z = self.noise.normal("z", step, batch.index, self.sampler.latent_shape)
+        return generate(self.generator, z, cond, self.schedule, self.timestep)
+
+    def _generator_turn(self, step: int, batch: Batch, meters: Meters, want_norms: bool) -> tuple[Tensor, Conditioning]:
+        """The generator's micro-step; returns its samples, detached, and their conditioning."""
+        settings = self.settings
+        cond = self._encode(batch.captions)
+        x0 = self._sample(step, batch, cond)
+        sample = x0.detach()
+        t = self.schedule.timesteps(self.noise.uniform("t", step, batch.index), *settings.timesteps)
+        eps = self.noise.normal("eps", step, batch.index, tuple(sample.shape[1:]))
+        x_t = self.schedule.add_noise(sample, eps, t)
+        with torch.no_grad():
+            guided, conditional = predict_guided(self.teacher, x_t, t, cond, settings.guidance_scale)
+            fake = predict(self.fake_score, x_t, t, cond)
+        # Unguided and unnormalised: how far the fake score is from the target's own distribution.
+        mismatch = (conditional - fake).square().mean()
+        meters.add("mismatch", mismatch)
+        self.target.observe(step // settings.fake_updates, mismatch, self._mean)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        target_x0, fake_x0 = self.schedule.to_x0(guided, x_t, t), self.schedule.to_x0(fake, x_t, t)
+        gradient = self.objective(Scores(sample, target_x0, fake_x0, alpha, sigma))
+        # The mean over elements of x0 * gradient has gradient / elements as its gradient on x0.
+        loss = (x0 * gradient).mean()
+        self._norm("generator", self.generator.step(loss, self.rates["generator"], want_norms))
+        return sample, cond
+
+    def _mean(self, value: Tensor) -> float:
+        return float(mean_over_ranks(value, self.world))
+
+    def _norm(self, role: str, norm: float | None) -> None:
+        if norm is not None:
+            self.norms = getattr(self, "norms", {}) | {role: norm}
+
+    def metrics(self) -> dict:
+        norms = getattr(self, "norms", {})
+        record = {"lr/generator": self.rates["generator"], "lr/fake_score": self.rates["fake_score"]}
+        record |= {f"grad_norm/{role}": norm for role, norm in norms.items()}
+        return super().metrics() | record | {"target_node": self.target.node}
+
+    def preview(self) -> Tensor:
+        z = self.preview_noise(self.sampler.latent_shape)
+        with self.generator.averaged(self.ema):
+            return self.grid(self.sampler.one_step(self.generator, self.preview_captions(), z, self.timestep))
+
+    def weights_writer(self) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            with self.generator.averaged(self.ema):
+                state = self.generator.state_dict()
+            if state is not None:
+                save_folder(state, self.config, folder, self.run.dtype)
+
+        return write
+
+    def state_dict(self) -> dict:
+        own = {"ema": self.ema.state_dict(), "target": self.target.state_dict(), "kept": self.kept}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.ema.load_state_dict(state["ema"])
+        self.target.load_state_dict(state["target"])
+        self.kept = [(x0.to(self.world.device), captions) for x0, captions in state["kept"]]
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        # A resumed run holds the node of the last generator turn, which is not announced again.
+        self.target.move(max(step - 1, 0) // self.settings.fake_updates)
+
+    def close(self) -> None:
+        super().close()
+        self.target.close()
+
+
+def export_generator(run: Run, unet: Path, out: Path, note: dict) -> None:
+    """Writes a one-step pipeline of a generator's UNet folder."""
+    source, timestep = run.settings.pipeline_folder, run.settings.conditioning_timestep
+    write_one_step_pipeline(source, unet, timestep, out, note | {"resolution": run.settings.data.resolution})
+
+
+def backtrack(run: Run) -> None:
+    """Distils the generator and writes `generator/`, a pipeline that makes an image in one step."""
+    check_pipeline(run.settings.pipeline_folder)
+    folder = run.stage_folder("backtrack")
+    stage = Backtracking(run)
+    seconds = train(stage, run.settings.backtrack.loop, folder, run.world)
+    if run.world.main:
+        latest = (folder / "LATEST").read_text().strip()
+        note = {"checkpoint": latest, "weights": "ema", "train_seconds": seconds}
+        export_generator(run, folder / "checkpoints" / latest / WEIGHTS, run.folder / "generator", note)
+        log.info(f"backtrack: {stage.steps} steps in {seconds:.0f} s; wrote {run.folder / 'generator'}")
+    barrier(run.world)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_verb("backtrack", "Stage 2: distils a one-step generator along the path.", backtrack, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

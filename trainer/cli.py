@@ -1,0 +1,37 @@
+"""The `disback` command: `disback VERB ...` is `python -m trainer.VERB ...`."""
+
+import importlib
+import sys
+
+from trainer.version import VERSION
+
+VERBS = {
+    "shards": "build, index and validate WebDataset shards",
+    "pretrain": "train or fine-tune a teacher on shards",
+    "record": "stage 1: record the degradation path",
+    "backtrack": "stage 2: distil a one-step generator along the path",
+    "sample": "prompts to images",
+    "evaluate": "score a generator against real images",
+    "export": "write a one-step diffusers pipeline",
+    "report": "one HTML page of a run",
+}
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: disback VERB --config FILE.yaml [key.sub=value ...]\n")
+        print("\n".join(f"  {verb:10} {about}" for verb, about in VERBS.items()))
+        print("\ndisback VERB --help tells more. Across processes: deepspeed --module trainer.VERB --config ...")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(VERSION)
+        return 0
+    if argv[0] not in VERBS:
+        print(f"disback: unknown verb '{argv[0]}': one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"trainer.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Processes: who am I, how many are we, and the few collectives that the stages need besides DeepSpeed's."""
+
+import contextlib
+import datetime
+import io
+import os
+import random
+import shutil
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import UserError
+
+STALE_LOCK_SECONDS = 900  # DeepSpeed's one-off build takes about a minute; older than this, its builder is dead
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank of size, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def _environment() -> None:
+    """Gives torch.distributed its five variables: from the launcher, from srun, or for a single process."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in env:
+                raise UserError(
+                    f"srun starts {env['WORLD_SIZE']} tasks but {name} is not set: export it in the job script"
+                )
+    if "RANK" not in env:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _check_compiler() -> None:
+    """DeepSpeed builds one small communication kernel on CPU-only machines at its first start."""
+    from torch.utils.cpp_extension import _get_build_directory, get_cxx_compiler
+
+    # ninja comes with DeepSpeed's own requirements, but an environment that is not activated is not on PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+        raise UserError(
+            f"a killed build of DeepSpeed's kernel left {lock}: remove that file, or start would wait for ever"
+        )
+    needed = ["ninja"] if any(folder.glob("*.so")) else ["ninja", get_cxx_compiler()]
+    missing = [name for name in needed if shutil.which(name) is None]
+    if missing:
+        raise UserError(
+            f"DeepSpeed builds its CPU communication kernel once, and {' and '.join(missing)} is not on PATH: install "
+            "a C++ compiler (Debian: g++) and ninja (pip install ninja), or name another compiler with CXX"
+        )
+
+
+def start() -> World:
+    """Joins the process group (nccl on GPUs, gloo on CPU). Raises UserError where DeepSpeed could not start."""
+    _environment()
+    import deepspeed  # slow to import: verbs that need no engines do without
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() == "cpu":
+        _check_compiler()
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    if not dist.is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=30))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def finish() -> None:
+    """Leaves the process group, if any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators: for what libraries draw (dropout); our own draws are per sample (models.noise)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def mean_over_ranks(values: Tensor, world: World) -> Tensor:
+    """The mean of a small tensor over all ranks, on every rank."""
+    if world.size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world.size
+    return values
+
+
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """The sum of a tensor over all ranks, on every rank."""
+    if world.size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_rows(rows: Tensor, world: World) -> Tensor:
+    """Rows of all ranks, rank by rank, on every rank; the number of rows may differ."""
+    if world.size == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world.size)]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    most = int(max(counts))
+    padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def from_main(value: object, world: World) -> object:
+    """Rank 0's value of a small picklable object, on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

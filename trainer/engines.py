@@ -1,0 +1,151 @@
+"""Roles as DeepSpeed engines: teacher (and target), generator, fake score. Engines only run networks."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from models.ema import Ema
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.schedules import OptimizerSettings
+from trainer.weights import Slice
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+# These have one owner, the YAML: a DeepSpeed JSON that says otherwise would silently win.
+OURS = {
+    "train_batch_size": "batch",
+    "train_micro_batch_size_per_gpu": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_clipping": "clip",
+    "bf16": "precision",
+    "fp16": "precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+}
+
+
+def micro_batch(batch: int, accumulation: int, world: World, where: str) -> int:
+    """The samples of one rank in one micro-step. Raises UserError if the global batch does not divide."""
+    parts = world.size * accumulation
+    if batch % parts:
+        near = max(batch // parts, 1) * parts
+        raise UserError(
+            f"{where}.batch={batch} does not divide into {world.size} processes x {accumulation} accumulation steps: "
+            f"use {near} or another multiple of {parts}"
+        )
+    return batch // parts
+
+
+def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, precision: str, world: World) -> dict:
+    """The one place where a DeepSpeed JSON and the YAML's settings meet.
+
+    name: a file of `ds_configs/` without its ending, or a path. Raises UserError for a missing or broken file and for
+    a key that is the YAML's.
+    """
+    file = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        known = ", ".join(sorted(f.stem for f in DS_CONFIGS.glob("*.json")))
+        raise UserError(
+            f"DeepSpeed configuration {file} cannot be read ({error.strerror}); known names: {known}"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"DeepSpeed configuration {file} is not JSON: {error}") from error
+    for key, owner in OURS.items():
+        if key in config:
+            raise UserError(f"{file}: '{key}' is set by `{owner}` in the YAML: remove it from the JSON")
+    return config | {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * world.size,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": precision == "bf16"},
+        # Ours to log; DeepSpeed's own lines would synchronise the device.
+        "steps_per_print": 2**31 - 1,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+class Role:
+    """One network under DeepSpeed, trained (with an optimizer) or frozen (without).
+
+    Call it for a forward pass. `module` is the bare network, for terms that need autograd to an input only.
+    """
+
+    def __init__(
+        self, name: str, network: nn.Module, config: dict, world: World, optimizer: OptimizerSettings | None = None
+    ):
+        self.name, self.world = name, world
+        self.trained = optimizer is not None
+        stage = config["zero_optimization"]["stage"]
+        if not self.trained and stage not in (0, 3):
+            raise UserError(f"{name}: a frozen role runs at ZeRO stage 0 or 3, not {stage}: use zero0 or teacher")
+        network.requires_grad_(self.trained).train(self.trained)
+        adam = None
+        if optimizer is not None:
+            adam = torch.optim.AdamW(
+                network.parameters(),
+                lr=optimizer.lr,
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                fused=world.device.type == "cuda",
+            )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
+        self.stage = stage
+        self.slices = [Slice(key, p, world) for key, p in self.engine.module.named_parameters()]
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self.engine(*args, **kwargs)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def step(self, loss: Tensor, rate: float, want_norm: bool = False) -> float | None:
+        """One micro-step: backward, and at the end of an accumulation the optimizer with learning rate `rate`.
+
+        Returns the gradient norm before clipping if asked for and known (this waits for the device).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.backward(loss)
+        plain = not hasattr(self.optimizer, "_global_grad_norm")
+        norm = None
+        if want_norm and plain and self.engine.is_gradient_accumulation_boundary():
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self.engine.step()
+        if want_norm and not plain:
+            norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def local(self) -> list[Tensor]:
+        """This rank's slices of the weights: all of every tensor below ZeRO-3, its own part under it."""
+        return [s.tensor for s in self.slices]
+
+    @torch.no_grad()
+    def write(self, values: list[Tensor]) -> None:
+        """Overwrites this rank's slices with tensors of the same shapes. Below ZeRO-3 every rank must write alike."""
+        for s, value in zip(self.slices, values, strict=True):
+            s.write(value)
+
+    @contextmanager
+    def averaged(self, ema: Ema):
+        """The network with the averaged weights, for the time of the block; training weights come back to the bit."""
+        kept = [t.clone() for t in self.local()]
+        self.write(ema.shadow)
+        try:
+            yield self
+        finally:
+            self.write(kept)
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The whole network's weights on rank 0 (host memory), None on the others. Every rank must call it."""
+        if self.stage == 3:
+            return self.engine._zero3_consolidated_16bit_state_dict()
+        return {k: v.detach().cpu() for k, v in self.module.state_dict().items()} if self.world.main else None

@@ -1,0 +1,139 @@
+"""The one training loop: pretraining, recording and backtracking run through `train`."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from trainer.distributed import World
+from trainer.engines import Role
+from trainer.errors import Stopped
+from trainer.runstate import Checkpoints
+from trainer.signals import StopRequest
+from trainer.telemetry import Meters, Telemetry, log
+
+
+class LoopSettings(BaseModel):
+    """Intervals in steps; 0 switches a thing off."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    log_every: int = Field(10, ge=1)
+    sample_every: int = Field(500, ge=0)
+    save_every: int = Field(500, ge=1)
+    keep_last: int = Field(2, ge=1)
+    keep_weights_every: int = Field(0, ge=0)
+    tensorboard: bool = True
+
+
+class Stage(Protocol):
+    """What a stage adds to the loop."""
+
+    name: str
+    steps: int
+    batch: int  # samples a step, over all ranks
+    flops: float  # counted FLOP a step and rank; 0 if unknown
+    roles: dict[str, Role]
+    identity: dict  # what a resumed run must have in common with the saved one
+
+    def begin(self, step: int) -> None:
+        """Opens the data at a step; called once, after a resume."""
+
+    def update(self, step: int, meters: Meters, want_norms: bool) -> dict | None:
+        """One training step. Returns metrics that must be written now (a target switch), else None."""
+
+    def metrics(self) -> dict:
+        """Values of the current step for the metrics line (learning rates, target node, skipped samples)."""
+
+    def preview(self) -> Tensor | None:
+        """A uint8 grid [3, H, W] of samples. Every rank calls it."""
+
+    def weights_writer(self) -> Callable[[Path], None] | None:
+        """Writes the weights that an evaluation reads as a UNet folder. Every rank calls it."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def saved(self) -> None:
+        """Called when a checkpoint is safe on disk."""
+
+    def close(self) -> None: ...
+
+
+def train(stage: Stage, settings: LoopSettings, folder: Path, world: World) -> float:
+    """Runs a stage to its end, from its last checkpoint if there is one; returns the seconds of training so far.
+
+    Raises Stopped after saving if a signal asked for it.
+    """
+    checkpoints = Checkpoints(
+        folder, world, stage.roles, stage.identity, settings.keep_last, settings.keep_weights_every
+    )
+    first, seconds, meters = 0, 0.0, Meters()
+    if resumed := checkpoints.load():
+        first, state = resumed
+        stage.load_state_dict(state["stage"])
+        meters.load_state_dict(state["meters"])
+        seconds = state["seconds"]
+    telemetry = Telemetry(folder, world, stage.name, stage.steps, first, settings.tensorboard)
+    if first < stage.steps:
+        stage.begin(first)
+        if first == 0 and settings.sample_every:
+            _preview(stage, telemetry, 0)
+    mark, marked = time.monotonic(), first
+
+    def save(step: int) -> Path:
+        state = {"stage": stage.state_dict(), "meters": meters.state_dict(), "seconds": seconds}
+        path = checkpoints.save(step, state, stage.weights_writer())
+        stage.saved()
+        return path
+
+    try:
+        with StopRequest(world) as stop:
+            for step in range(first + 1, stage.steps + 1):
+                last = step == stage.steps
+                logging = last or step % settings.log_every == 0
+                switch = stage.update(step - 1, meters, want_norms=logging)
+                if logging:
+                    values = meters.read(world)  # waits for the device: the timing below is of finished work
+                    spent, mark = time.monotonic() - mark, time.monotonic()
+                    seconds += spent
+                    pace, marked = spent / (step - marked), step
+                    telemetry.line(step, _speed(stage, step, seconds, pace) | values | stage.metrics())
+                elif switch:
+                    telemetry.line(
+                        step, {"images_seen": step * stage.batch, "time": seconds} | stage.metrics() | switch
+                    )
+                if settings.sample_every and (last or step % settings.sample_every == 0):
+                    _preview(stage, telemetry, step)
+                stopping = stop.agreed() and not last
+                if last or stopping or step % settings.save_every == 0:
+                    seconds += time.monotonic() - mark if step != marked else 0.0
+                    path = save(step)
+                    mark, marked = time.monotonic(), step
+                if stopping:
+                    log.info(f"{stage.name}: stopped by a signal; saved {path}; run the same command again to go on")
+                    raise Stopped(f"{stage.name} stopped at step {step} of {stage.steps}; saved {path}")
+    finally:
+        stage.close()
+        telemetry.close()
+    return seconds
+
+
+def _speed(stage: Stage, step: int, seconds: float, pace: float) -> dict:
+    return {
+        "images_seen": step * stage.batch,
+        "time": seconds,
+        "step_seconds": pace,
+        "images_per_second": stage.batch / pace,
+        "tflops_per_gpu": stage.flops / pace / 1e12 if stage.flops else None,
+    }
+
+
+def _preview(stage: Stage, telemetry: Telemetry, step: int) -> None:
+    grid = stage.preview()
+    if grid is not None:
+        telemetry.image(step, grid)

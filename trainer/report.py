@@ -1,0 +1,149 @@
+"""`disback report`: one self-contained HTML page of a run and the runs it is compared with."""
+
+import base64
+import html
+import json
+import os
+import sys
+from pathlib import Path
+
+from trainer.command import run_verb
+from trainer.errors import UserError
+from trainer.plots import compared, evaluated, single
+from trainer.results import Results, Row, as_json, as_text, table
+from trainer.run import Run
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse } td, th { padding: .25em .9em; text-align: right; border-bottom: 1px solid #eee }
+td:first-child, th:first-child { text-align: left } .row { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }
+figure { margin: 0 } figcaption { font-size: .85em; color: #555 } img { max-width: 100%; image-rendering: auto }
+.small img { width: 340px; image-rendering: pixelated } pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: .85em }
+"""
+
+
+def _figure(png: bytes | None, caption: str = "") -> str:
+    if png is None:
+        return ""
+    data = base64.b64encode(png).decode()
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def _section(title: str, *figures: str, small: bool = False, note: str = "") -> str:
+    shown = "".join(f for f in figures if f)
+    if not shown:
+        return ""
+    note = f"<p>{html.escape(note)}</p>" if note else ""
+    return f'<h2>{html.escape(title)}</h2>{note}<div class="row{" small" if small else ""}">{shown}</div>'
+
+
+def _table(rows: list[Row]) -> str:
+    def cell(value: object) -> str:
+        return f"<td>{'&ndash;' if value is None else f'{value:.4g}' if isinstance(value, float) else html.escape(str(value))}</td>"
+
+    heads = ["", "steps an image", "generator updates", "FID", "class accuracy", "images", "training, s"]
+    body = "".join("<tr>" + "".join(cell(v) for v in vars(row).values()) + "</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr>{body}</table>"
+
+
+def _grids(run: Results, stage: str, most: int = 6) -> list[str]:
+    """At most `most` grids over time, the first and the last among them."""
+    grids = run.grids(stage)
+    if len(grids) > most:
+        grids = [grids[round(i * (len(grids) - 1) / (most - 1))] for i in range(most)]
+    return [
+        _figure(file.read_bytes(), f"{run.label if stage == 'backtrack' else stage}, step {step}")
+        for step, file in grids
+    ]
+
+
+def _evaluation_grids(runs: list[Results]) -> list[str]:
+    shown = [(runs[0], "teacher", "teacher, many steps"), (runs[0], "start", "untrained generator, one step")]
+    shown += [(run, "generator", f"{run.label}, one step") for run in reversed(runs)]
+    files = [(run.folder / "eval" / what / "grid.png", text) for run, what, text in shown]
+    return [_figure(file.read_bytes(), text) for file, text in files if file.exists()]
+
+
+def page(runs: list[Results], rows: list[Row]) -> str:
+    """The whole page: table, pictures, curves, settings. Needs nothing but itself."""
+    main = runs[0]
+    nodes = []
+    manifest = Path(main.config["path"] or main.folder / "path") / "path.json"
+    if manifest.exists():
+        nodes = json.loads(manifest.read_text())["nodes"]
+    judged = main.evaluation("generator") or main.evaluation("teacher") or {}
+    note = f"FID and class accuracy by {judged['features']}, against {judged['reference']}." if judged else ""
+    spots = "; ".join(f"node {n['index']}: step {n['step']}, distance {n['distance_to_node_0']:.4f}" for n in nodes)
+    parts = [
+        f"<h1>{html.escape(str(main.folder))}</h1><p>{html.escape(note)}</p>",
+        _table(rows) if rows else "",
+        _section(
+            "What they make",
+            *_evaluation_grids(runs),
+            small=True,
+            note="Rows cycle through the held-out captions; the same noise for all.",
+        ),
+        _section(
+            "Evaluation over steps",
+            _figure(evaluated(runs, "fid", "Frechet distance")),
+            _figure(evaluated(runs, "class_accuracy", "class accuracy")),
+            note="Of the averaged (EMA) weights.",
+        ),
+        _section("Backtracking over time", *_grids(main, "backtrack"), small=True),
+        _section(
+            "Backtracking",
+            _figure(compared(runs, "backtrack", "mismatch", "mismatch: target against fake score", log=True)),
+            _figure(compared(runs, "backtrack", "target_node", "target node (0 is the teacher)")),
+            _figure(compared(runs, "backtrack", "loss/fake_score", "fake-score loss")),
+            _figure(compared(runs, "backtrack", "grad_norm/generator", "generator gradient norm", log=True)),
+        ),
+        _section(
+            "Recording the path",
+            _figure(
+                single(
+                    main, "record", "distance", "score distance to the teacher", marks=[n["step"] for n in nodes[1:]]
+                )
+            ),
+            _figure(single(main, "record", "loss/fake_score", "denoising loss on the untrained generator's samples")),
+            note=spots,
+        ),
+        _section(
+            "The teacher",
+            _figure(single(main, "pretrain", "loss/teacher", "denoising loss", log=True)),
+            *_grids(main, "pretrain", 3),
+        ),
+        f"<h2>Configuration</h2><pre>{html.escape((main.folder / 'config.yaml').read_text())}</pre>",
+    ]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(main.folder.name)}</title>'
+        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def report(run: Run) -> None:
+    """Writes report.html and summary.json into the run's folder and prints the table."""
+    if not run.world.main:
+        return
+    folders = [run.folder] + [Path(p) for p in run.settings.report.compare if Path(p) != run.folder]
+    runs = [Results(folder) for folder in folders if folder == run.folder or folder.exists()]
+    rows = table(runs)
+    out = run.folder / "report.html"
+    try:
+        for file, text in ((out, page(runs, rows)), (run.folder / "summary.json", as_json(rows))):
+            temporary = file.with_name(file.name + ".tmp")
+            temporary.write_text(text)
+            os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"{run.folder}: the report cannot be written: {error.strerror}") from error
+    print(as_text(rows) if rows else "no evaluation yet: run `disback evaluate`")
+    print(f"\npage:     {out.resolve()}\npictures: {(run.folder / 'eval').resolve()}/*/grid.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_verb("report", "One self-contained HTML page of a run.", report, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The whole configuration of a run: one typed section an owner."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data.config import DataSettings
+from models.miniature import MiniatureSettings
+from trainer.loop import LoopSettings
+from trainer.schedules import OptimizerSettings
+from trainer.walk import WalkSettings
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TrainSettings(Strict):
+    """What every training stage has. batch: samples an optimizer step over all processes and accumulation steps.
+    clip: largest gradient norm; 0 does not clip."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    accumulation: int = Field(1, ge=1)
+    clip: float = Field(10.0, ge=0)
+    loop: LoopSettings = LoopSettings()
+
+
+class AutoencoderSettings(TrainSettings):
+    """Training of the miniature's autoencoder. kl: weight of the KL term a latent element; it keeps latents near unit
+    scale and centred."""
+
+    steps: int = 600
+    batch: int = 64
+    clip: float = 1.0
+    optimizer: OptimizerSettings = OptimizerSettings(lr=2e-3)
+    kl: float = Field(1e-4, ge=0)
+
+
+class PretrainSettings(TrainSettings):
+    """Training of a teacher. start: a pipeline folder to go on from, or "miniature" to build one. caption_dropout: share
+    of captions replaced by the empty one (classifier-free guidance needs it)."""
+
+    steps: int = 1500
+    batch: int = 64
+    start: str = "miniature"
+    miniature: MiniatureSettings = MiniatureSettings()
+    autoencoder: AutoencoderSettings = AutoencoderSettings()
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-5)
+    ema: float = Field(0.999, ge=0, lt=1)
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    ds_config: str = "zero1"
+
+
+class RecordSettings(TrainSettings):
+    """Stage 1. nodes: recorded nodes, the teacher not counted. spacing: "distance" spreads them evenly in score
+    distance from the teacher, "steps" evenly in steps. probe: samples that the distance is measured on, every
+    `probe_every` steps."""
+
+    steps: int = 1000
+    batch: int = 128
+    optimizer: OptimizerSettings = OptimizerSettings(lr=5e-7)
+    nodes: int = Field(10, ge=1)
+    spacing: Literal["distance", "steps"] = "distance"
+    probe: int = Field(64, ge=1)
+    probe_every: int = Field(10, ge=1)
+    teacher_ds_config: str = "zero0"
+    ds_config: str = "zero1"
+
+
+class BacktrackSettings(TrainSettings):
+    """Stage 2. path: "walk" is the method, "warm" starts the fake score at the far node but keeps the teacher as the
+    target, "none" is plain distillation. fake_updates: fake-score updates a generator update; a step is one fake-score
+    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones."""
+
+    steps: int = 24_000
+    batch: int = 128
+    objective: Literal["dmd", "vsd"] = "dmd"
+    path: Literal["walk", "warm", "none"] = "walk"
+    walk: WalkSettings = WalkSettings()
+    fake_updates: int = Field(5, ge=1)
+    reuse_x0: bool = False
+    guidance_scale: float = 8.0
+    timesteps: tuple[float, float] = (0.02, 0.98)
+    generator: OptimizerSettings = OptimizerSettings(lr=5e-7)
+    fake_score: OptimizerSettings = OptimizerSettings(lr=5e-7)
+    ema: float = Field(0.999, ge=0, lt=1)
+    teacher_ds_config: str = "zero0"
+    generator_ds_config: str = "zero1"
+    fake_score_ds_config: str = "zero1"
+
+
+class SampleSettings(Strict):
+    """prompts: captions; empty: the first of the training shards. steps and guidance_scale are a diffusion model's; a
+    one-step generator needs neither. source: what to sample from, as in `evaluate.what`. out: a folder (default:
+    samples/ in the run folder). enlarge: pixels a pixel in grids, for tiny images."""
+
+    prompts: list[str] = []
+    images: int = Field(16, ge=1)
+    batch: int = Field(16, ge=1)
+    columns: int = Field(8, ge=1)
+    enlarge: int = Field(1, ge=1)
+    steps: int = Field(25, ge=1)
+    guidance_scale: float = 7.5
+    source: str = "generator"
+    out: str = ""
+    seed: int = 0
+
+
+class EvaluateSettings(Strict):
+    """what: "generator", "teacher", "start", a checkpoint such as "step-00000500", or a pipeline or UNet folder.
+    features: "digits" is the demo's classifier, trained once and kept in `classifier`."""
+
+    what: str | list[str] = "generator"
+    watch: bool = False
+    poll_seconds: float = Field(60.0, gt=0)
+    images: int = Field(10_000, ge=2)
+    batch: int = Field(16, ge=1)
+    seed: int = 0
+    features: Literal["digits"] = "digits"
+    classifier: str = ""
+
+
+class ExportSettings(Strict):
+    """checkpoint: such as step-00000500 (default: the last). out: the folder to write (default: generator/ of the run)."""
+
+    checkpoint: str = ""
+    out: str = ""
+
+
+class ReportSettings(Strict):
+    """compare: run folders whose results stand beside this run's, such as the ablations without the path."""
+
+    compare: list[str] = []
+
+
+class RunSettings(Strict):
+    """run: the run's folder. pipeline: the teacher, a diffusers pipeline folder (default: the run's own). path: the
+    recorded path (default: the run's own). generator_start: UNet folder that the generator starts from (default: the
+    teacher's)."""
+
+    run: str
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    pipeline: str = ""
+    path: str = ""
+    generator_start: str = ""
+    conditioning_timestep: int = Field(399, ge=1)
+    data: DataSettings = DataSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    record: RecordSettings = RecordSettings()
+    backtrack: BacktrackSettings = BacktrackSettings()
+    sample: SampleSettings = SampleSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    export: ExportSettings = ExportSettings()
+    report: ReportSettings = ReportSettings()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run)
+
+    @property
+    def pipeline_folder(self) -> Path:
+        return Path(self.pipeline) if self.pipeline else self.folder / "pipeline"
+
+    @property
+    def path_folder(self) -> Path:
+        return Path(self.path) if self.path else self.folder / "path"
+
+    @property
+    def start_folder(self) -> Path:
+        return Path(self.generator_start) if self.generator_start else self.pipeline_folder / "unet"

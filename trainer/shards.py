@@ -1,0 +1,67 @@
+"""`disback shards`: builds, indexes and validates WebDataset shards."""
+
+import sys
+from pathlib import Path
+
+from data.config import DataSettings
+from data.digits import build_digits
+from data.folder import build_folder
+from data.index import build_index, save_index
+from data.patterns import expand
+from data.validate import validate
+from trainer.command import Parser, guarded
+from trainer.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="disback shards", description="Builds, indexes and validates WebDataset shards.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--digits", action="store_true", help="scikit-learn's 1,797 handwritten digits, for the demo")
+    what.add_argument("--images", type=Path, metavar="DIR", help="every image below a folder, with its caption")
+    what.add_argument(
+        "--index", metavar="SHARDS", help="(re)build the index of a folder, glob or brace pattern of tars"
+    )
+    what.add_argument("--validate", metavar="SHARDS", help="count samples and rejects; fails where a shard is broken")
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help="with --images: .json, .jsonl or .tsv of captions"
+    )
+    parser.add_argument("--out", type=Path, help="folder to write into (default for --digits: shards/digits)")
+    parser.add_argument("--per-shard", type=int, default=10_000, help="samples a shard (default 10000)")
+    parser.add_argument("--decode", action="store_true", help="with --validate: decode every image too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
+    argv = sys.argv[1:] if argv is None else argv
+
+    def go() -> None:
+        args = parser.parse_args(argv)
+        if args.captions and not args.images:
+            raise UserError("--captions FILE goes with --images DIR")
+        if args.digits:
+            out = args.out or Path("shards/digits")
+            counts = build_digits(out, args.seed)
+            print(f"{out}: " + ", ".join(f"{count} {name} samples" for name, count in counts.items()))
+        elif args.images:
+            if not args.out:
+                raise UserError("--images needs --out DIR, the folder for the shards")
+            written, rejected = build_folder(args.images, args.captions, args.out, args.per_shard)
+            print(f"{args.out}: {written} samples; left out: {dict(rejected) or 'none'}")
+        elif args.index:
+            for tar in expand(args.index, "--index"):
+                index = build_index(tar)
+                if not save_index(index):
+                    raise UserError(f"--index: {tar.parent} cannot be written")
+                print(f"{tar}: {len(index.keys)} samples, members {', '.join(index.extensions)}")
+        elif args.validate:
+            report = validate(expand(args.validate, "--validate"), DataSettings(), images=True, decode=args.decode)
+            print(
+                f"{report['shards']} shards, {report['samples']} usable samples, {report['bytes'] / 1e6:.1f} MB; "
+                f"rejected: {report['rejected'] or 'none'}"
+            )
+        else:
+            raise UserError("say what to do: --digits, --images DIR, --index SHARDS or --validate SHARDS (see --help)")
+
+    return guarded(go, "--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What the training stages share besides the loop: data, text states, noise, counts."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from data.patterns import expand
+from data.reader import Batch, Batches, ShardDataset
+from models.sampler import image_noise
+from trainer.distributed import sum_over_ranks
+from trainer.engines import Role, micro_batch
+from trainer.run import Run
+from trainer.settings import TrainSettings
+from trainer.telemetry import Meters, log
+
+PREVIEW = 32
+
+
+class TrainStage:
+    """The base of pretraining, recording and backtracking; see trainer.loop.Stage for the contract."""
+
+    flops = 0.0
+
+    def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
+        self.name, self.run, self.world, self.settings = name, run, run.world, settings
+        self.steps, self.batch = settings.steps, settings.batch
+        self.micro = micro_batch(settings.batch, settings.accumulation, run.world, where or name)
+        data = run.settings.data
+        self.dataset = ShardDataset(expand(data.train, "data.train"), data, run.settings.seed, images)
+        if self.dataset.rejected:
+            log.warning(f"{name}: left out of the shards: {dict(self.dataset.rejected)}")
+        self.noise = run.noise(name)
+        self.skipped = Counter()
+        self.roles: dict[str, Role] = {}
+        # What may differ between a run and its resumption: how long it trains and what it shows.
+        private = settings.model_dump(mode="json", exclude={"loop", "steps"})
+        self.identity = {f"{name}.{k}": v for k, v in private.items()}
+        self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
+
+    def begin(self, step: int) -> None:
+        """Opens the data at a step."""
+        pin = self.world.device.type == "cuda"
+        accumulation = self.settings.accumulation
+        self.batches = Batches(self.dataset, self.world.rank, self.world.size, self.micro, accumulation, step, pin)
+
+    def micro_batches(self, meters: Meters) -> Iterator[Batch]:
+        """The micro-batches of one step; the time spent waiting for them is metered."""
+        for _ in range(self.settings.accumulation):
+            began = time.monotonic()
+            batch = next(self.batches)
+            meters.add("data_seconds", time.monotonic() - began)
+            self.skipped.update(batch.skipped)
+            yield batch
+
+    def preview_captions(self) -> list[str]:
+        """Captions of the sample grids: the configured prompts, else the first ones of the shards."""
+        prompts = self.run.settings.sample.prompts
+        if prompts:
+            return [prompts[i % len(prompts)] for i in range(PREVIEW)]
+        return [self.dataset[i % len(self.dataset)]["caption"] for i in range(PREVIEW)]
+
+    def preview_noise(self, shape: tuple[int, int, int]) -> Tensor:
+        return image_noise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
+
+    def grid(self, images: Tensor) -> Tensor:
+        """uint8 images [N, 3, H, W] to one grid [3, H', W'], small images enlarged without smoothing."""
+        return make_grid(enlarge(images, self.run.settings.sample.enlarge), nrow=8, padding=2, pad_value=128)
+
+    def metrics(self) -> dict:
+        """Skipped samples so far, over all ranks. Every rank calls it."""
+        count = torch.tensor([float(sum(self.skipped.values()))], device=self.world.device)
+        return {"skipped_samples": int(sum_over_ranks(count, self.world))}
+
+    def preview(self) -> Tensor | None:
+        return None
+
+    def weights_writer(self) -> Callable[[Path], None] | None:
+        return None
+
+    def state_dict(self) -> dict:
+        return {"skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = Counter(state["skipped"])
+
+    def saved(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if hasattr(self, "batches"):
+            self.batches.close()
+
+
+def enlarge(images: Tensor, factor: int) -> Tensor:
+    return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3) if factor > 1 else images
