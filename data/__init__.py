@@ -1,1 +1,1 @@
-"""Shards in: writing, indexing, ordering, reading. Knows nothing of `trainer` or `models`."""
+"""Shards in: writing, indexing, ordering and reading them. Knows nothing of `trainer` or `models`."""

@@ -1,14 +1,12 @@
 """The `data` section of a run's configuration."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 
-class DataSettings(BaseModel):
-    """train, heldout: shards as a folder, a glob, a brace pattern such as shards/{00000..00127}.tar, or a list of them.
-    resolution: side of the square training images, in pixels. workers: loader processes a rank; 0 reads in the
-    training process."""
-
-    model_config = ConfigDict(extra="forbid")
+class DataConfig(BaseModel, extra="forbid"):
+    """train, heldout: shards as a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these.
+    resolution: side of the square training images in pixels. workers: loader processes a rank, 0 reads in the training
+    process. image_keys: extensions of images, the first that a sample has is read."""
 
     train: str | list[str] = ""
     heldout: str | list[str] = ""

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.config import DataSettings
 from data.errors import DataError
-from data.patterns import expand
-from data.reader import ShardDataset
-from data.writer import write_shards
+from data.index import load_index
+from data.writer import shards_of, write_shards
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = (
     "a handwritten {}",
     "the digit {}, written by hand",
@@ -23,52 +21,62 @@ PHRASINGS = (
     "a small drawing of a {}",
 )
 TRAIN, HELDOUT = "train", "heldout"
-PER_SHARD = 400
+PER_SHARD = 400  # several shards even for so few samples: the demo runs the code that a large data set runs
 
 
 def caption(digit: int, phrasing: int) -> str:
+    """The caption of a digit (0..9) in one of PHRASINGS."""
     return PHRASINGS[phrasing].format(WORDS[digit])
 
 
-def _samples(images: np.ndarray, digits: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[dict]:
-    for row in rows:
-        phrasing = int(np.random.Generator(np.random.PCG64([seed, int(row)])).integers(len(PHRASINGS)))
-        grey = np.round(images[row] * (255 / 16)).astype(np.uint8)  # scikit-learn counts 0..16
-        file = io.BytesIO()
-        Image.fromarray(grey).convert("RGB").save(file, format="png")
-        yield {
-            "__key__": f"digit-{row:06d}",
-            "png": file.getvalue(),
-            "txt": caption(int(digits[row]), phrasing),
-            "json": {"class": int(digits[row]), "source": "scikit-learn digits", "row": int(row)},
-        }
-
-
 def build_digits(out: Path, seed: int = 0, heldout: float = 0.25) -> dict[str, int]:
-    """Writes `train-*.tar` and `heldout-*.tar` (a stratified share) into `out`; returns the samples of each.
+    """Writes train-*.tar and heldout-*.tar (a stratified share) into `out`; returns the samples of each.
 
-    Shards that are already there are left as they are. Raises DataError.
+    Does nothing if they are there, and finishes a build that was cut off. Raises DataError without scikit-learn, or if
+    `out` holds other shards under these names.
     """
-    counts = {}
-    for prefix in (TRAIN, HELDOUT):
-        if any(out.glob(f"{prefix}-*.tar")):
-            shards = expand(str(out / f"{prefix}-*.tar"), "shards")
-            counts[prefix] = len(ShardDataset(shards, DataSettings(resolution=8), seed, images=True))
-    if len(counts) == 2:
-        return counts
-    if counts:
-        raise DataError(f"{out} holds only half of the digits ({', '.join(counts)}): remove its shards and build again")
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
+        raise DataError("the digits come with scikit-learn: pip install 'disback[demo]'") from error
+    images, classes = load_digits(return_X_y=True)
+    rows = np.arange(len(classes))
+    split = train_test_split(rows, test_size=heldout, stratify=classes, random_state=seed)
+    parts = dict(zip((TRAIN, HELDOUT), split, strict=True))
+    for prefix, part in parts.items():
+        if not _is_built(out, prefix, part):
+            samples = _samples(images[part].reshape(-1, 8, 8), classes[part], part, seed)
+            write_shards(samples, out, prefix, PER_SHARD, overwrite=True)
+    return {prefix: len(part) for prefix, part in parts.items()}
+
+
+def _is_built(out: Path, prefix: str, rows: np.ndarray) -> bool:
+    there = [key.decode() for shard in shards_of(out, prefix) for key in load_index(shard).keys]
+    wanted = [_key(row) for row in rows]
+    if there == wanted:
+        return True
+    if there != wanted[: len(there)]:
         raise DataError(
-            "the digits come with scikit-learn, which is not installed: pip install 'disback[demo]'"
-        ) from error
-    digits = load_digits()
-    rows = np.arange(len(digits.target))
-    train, held = train_test_split(rows, test_size=heldout, stratify=digits.target, random_state=seed)
-    for prefix, part in ((TRAIN, train), (HELDOUT, held)):
-        write_shards(_samples(digits.images, digits.target, part, seed), out, prefix, PER_SHARD)
-        counts[prefix] = len(part)
-    return counts
+            f"{out} holds other {prefix}-*.tar (another seed or share of held-out digits, or not digits): "
+            "choose another folder, or remove them"
+        )
+    return False
+
+
+def _key(row: int) -> str:
+    return f"digit-{row:04d}"
+
+
+def _samples(images: np.ndarray, classes: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[dict]:
+    for image, digit, row in zip(images, classes.tolist(), rows.tolist(), strict=True):
+        phrasing = int(np.random.default_rng([seed, row]).integers(len(PHRASINGS)))
+        grey = np.round(image * (255 / 16)).astype(np.uint8)  # scikit-learn counts ink from 0 to 16
+        file = io.BytesIO()
+        Image.fromarray(grey).convert("RGB").save(file, format="png")
+        yield {
+            "__key__": _key(row),
+            "png": file.getvalue(),
+            "txt": caption(digit, phrasing),
+            "json": {"class": digit, "source": "sklearn digits", "index": row},
+        }

@@ -1,39 +1,51 @@
 """Bytes to training images."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+PNG, RIFF = b"\x89PNG", b"RIFF"
+
+
+def _may_have_alpha(raw: bytes) -> bool:
+    """Whether to ask for an alpha channel. Not always: torchvision gives JPEG none, and 1-bit PNG an alpha of 1."""
+    if raw.startswith(PNG):
+        return raw[25:26] in (b"\x04", b"\x06") or b"tRNS" in raw[: raw.find(b"IDAT")]  # byte 25: the colour type
+    return raw.startswith(RIFF)  # WebP
 
 
 def decode(raw: bytes) -> Tensor:
-    """An encoded image to uint8 [3, H, W], upright (EXIF), transparency over white. Raises RuntimeError if it is
-    broken or truncated."""
+    """An encoded image to uint8 [3, H, W], upright (EXIF), transparency over white.
+
+    Raises RuntimeError if it is broken, cut off or of an unknown format.
+    """
+    alpha = _may_have_alpha(raw)
+    mode = ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    if raw[:2] == b"\xff\xd8":  # JPEG: four channels are CMYK there, not transparency
-        return decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    image = decode_image(data, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-    if image.dtype != torch.uint8:
-        return decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    if image.shape[0] in (2, 4):
-        alpha = image[-1:].float() / 255
-        image = (image[:-1] * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
-    return image.expand(3, -1, -1)
+    image = decode_image(data, mode=mode, apply_exif_orientation=True)
+    if image.dtype == torch.uint16:  # 16-bit PNG
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    if alpha:
+        colour, opacity = image[:3], image[3:]
+        if opacity.min() == 255:
+            return colour
+        share = opacity.float() / 255
+        image = (colour * share + 255 * (1 - share)).round().to(torch.uint8)
+    return image
 
 
 def fit(image: Tensor, resolution: int) -> tuple[Tensor, tuple[int, int]]:
-    """uint8 [3, H, W] to float32 [3, R, R] in [-1, 1]: the short side resized to R (antialiased bicubic), centre crop.
+    """uint8 [3, H, W] to float32 [3, R, R] in [-1, 1]: short side to R (antialiased bicubic), then the centre crop.
 
-    Returns the image and the crop's corner (top, left) in pixels of the resized image.
+    Also returns the crop's corner (top, left) in pixels of the resized image, as SDXL's conditioning wants it.
     """
     height, width = image.shape[1:]
-    values = image.float()
     if min(height, width) != resolution:
         scale = resolution / min(height, width)
-        size = max(round(height * scale), resolution), max(round(width * scale), resolution)
-        values = F.interpolate(values[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(
-            0, 255
-        )
-    top, left = (values.shape[1] - resolution) // 2, (values.shape[2] - resolution) // 2
-    values = values[:, top : top + resolution, left : left + resolution]
-    return values / 127.5 - 1, (top, left)
+        size = [max(round(height * scale), resolution), max(round(width * scale), resolution)]
+        image = resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    top, left = (image.shape[1] - resolution) // 2, (image.shape[2] - resolution) // 2
+    square = image[:, top : top + resolution, left : left + resolution]
+    return square.float() / 127.5 - 1, (top, left)

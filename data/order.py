@@ -1,32 +1,33 @@
-"""The order of samples: a pure function of (number of samples, seed, epoch), the same for every number of ranks."""
+"""The order of samples: a pure function of (number of samples, seed, epoch), the same for every world size."""
 
 import numpy as np
 
 
-def epoch_permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The rows of an epoch in their order, int64 [samples]."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(samples)
+def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows 0..n-1 in the order of an epoch, int64 [n]."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
 
 
 class Order:
-    """Rows by global position: position p is the (p mod n)-th sample of epoch p // n."""
+    """Rows by global position: position p is number p % n of epoch p // n."""
 
-    def __init__(self, samples: int, seed: int):
-        self.samples, self.seed = samples, seed
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
         self._epoch, self._rows = -1, np.empty(0, np.int64)
 
-    def row(self, position: int) -> int:
-        epoch, place = divmod(position, self.samples)
+    def sample(self, position: int) -> int:
+        """The dataset row at a global position. Only the current epoch's permutation is kept: 8 bytes a sample."""
+        epoch, place = divmod(position, self.n)
         if epoch != self._epoch:
-            self._epoch, self._rows = epoch, epoch_permutation(self.samples, self.seed, epoch)
+            self._epoch, self._rows = epoch, epoch_permutation(self.n, self.seed, epoch)
         return int(self._rows[place])
 
 
-def positions(step: int, part: int, rank: int, world: int, micro_batch: int, accumulation: int) -> range:
-    """Global positions of one rank's micro-batch: step `step`, micro-step `part` of `accumulation`.
+def micro_batch_positions(step: int, part: int, rank: int, world: int, micro_batch: int, accumulation: int) -> range:
+    """Global positions of one rank's micro-batch: micro-step `part` of `accumulation` in step `step`.
 
-    A step takes micro_batch * world * accumulation consecutive positions, so that any split of the same global batch
-    over ranks and micro-steps takes the same samples.
+    A step takes micro_batch * world * accumulation consecutive positions, so every split of one global batch over
+    ranks and micro-steps takes the same samples.
     """
-    first = (step * accumulation + part) * world * micro_batch + rank * micro_batch
+    first = ((step * accumulation + part) * world + rank) * micro_batch
     return range(first, first + micro_batch)

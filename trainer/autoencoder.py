@@ -39,7 +39,7 @@ class AutoencoderTraining(TrainStage):
         self.vae = Role("autoencoder", Reconstruction(vae), config, run.world, settings.optimizer)
         self.roles = {"autoencoder": self.vae}
 
-    def update(self, step: int, meters: Meters, want_norms: bool) -> None:
+    def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         for batch in self.micro_batches(meters):
             images = batch.images.to(self.world.device, non_blocking=True)

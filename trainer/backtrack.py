@@ -67,7 +67,8 @@ class Backtracking(TrainStage):
         self.roles = {"teacher": self.teacher, "generator": self.generator, "fake_score": self.fake_score}
         self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
         self.ema = Ema(self.generator.local(), settings.ema)
-        self.kept: list[tuple[Tensor, list[str]]] = []  # the last generator turn's samples and captions
+        self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
+        self.norms: dict[str, float] = {}
         self.flops = self._flops()
         self.identity["teacher"] = weights_hash(teacher_folder)
         if path:
@@ -77,14 +78,14 @@ class Backtracking(TrainStage):
         """FLOP of an average step and rank: a turn has the generator forward and back (3), target and fake score
         forward; a fake update is forward and back (3), and makes its own samples unless it may reuse a turn's."""
         settings = self.settings
-        tokens = self.sampler.text.parts.tokenizer.model_max_length
+        tokens = self.sampler.text.tokens
         forward = forward_flops(self.config, self.sampler.latent_shape, tokens)
         turn = 3 + (1 if settings.guidance_scale == 1 else 2) + 1
         fresh = 0 if settings.reuse_x0 else settings.fake_updates - 1
         passes = turn + 3 * settings.fake_updates + fresh
         return forward * passes / settings.fake_updates * self.micro * settings.accumulation
 
-    def update(self, step: int, meters: Meters, want_norms: bool) -> dict | None:
+    def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
         settings = self.settings
         self.rates = {
             "generator": learning_rate(settings.generator, step, self.steps),
@@ -92,15 +93,19 @@ class Backtracking(TrainStage):
         }
         turn = step % settings.fake_updates == 0
         switched = turn and self.target.move(step // settings.fake_updates)
+        mismatches: list[Tensor] = []
         if turn:
             self.kept = []
         for part, batch in enumerate(self.micro_batches(meters)):
             if turn:
-                x0, cond = self._generator_turn(step, batch, meters, want_norms)
-                self.kept.append((x0, batch.captions))
+                # The last turn before a line is the one whose norm the line shows.
+                x0, cond, mismatch = self._generator_turn(step, batch, until_log < settings.fake_updates)
+                meters.add("mismatch", mismatch)
+                mismatches.append(mismatch)
+                if settings.reuse_x0:
+                    self.kept.append((x0, cond))
             elif settings.reuse_x0:
-                x0, captions = self.kept[part]
-                cond = self._encode(captions)
+                x0, cond = self.kept[part]
             else:
                 cond = self._encode(batch.captions)
                 with torch.no_grad():
@@ -109,11 +114,10 @@ class Backtracking(TrainStage):
             eps = self.noise.normal("fake eps", step, batch.index, tuple(x0.shape[1:]))
             loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
             meters.add("loss/fake_score", loss)
-            self._norm("fake_score", self.fake_score.step(loss, self.rates["fake_score"], want_norms))
+            self._norm("fake_score", self.fake_score.step(loss, self.rates["fake_score"], until_log == 0))
         if turn:
             self.ema.update(self.generator.local())
-            if not settings.reuse_x0:
-                self.kept = []
+            self.target.observe(step // settings.fake_updates, torch.stack(mismatches).mean(), self._mean)
         return {} if switched else None
 
     def _encode(self, captions: list[str]) -> Conditioning:
@@ -123,8 +127,8 @@ class Backtracking(TrainStage):
         z = self.noise.normal("z", step, batch.index, self.sampler.latent_shape)
         return generate(self.generator, z, cond, self.schedule, self.timestep)
 
-    def _generator_turn(self, step: int, batch: Batch, meters: Meters, want_norms: bool) -> tuple[Tensor, Conditioning]:
-        """The generator's micro-step; returns its samples, detached, and their conditioning."""
+    def _generator_turn(self, step: int, batch: Batch, want_norm: bool) -> tuple[Tensor, Conditioning, Tensor]:
+        """The generator's micro-step; returns its samples, detached, their conditioning, and the mismatch on them."""
         settings = self.settings
         cond = self._encode(batch.captions)
         x0 = self._sample(step, batch, cond)
@@ -137,28 +141,24 @@ class Backtracking(TrainStage):
             fake = predict(self.fake_score, x_t, t, cond)
         # Unguided and unnormalised: how far the fake score is from the target's own distribution.
         mismatch = (conditional - fake).square().mean()
-        meters.add("mismatch", mismatch)
-        self.target.observe(step // settings.fake_updates, mismatch, self._mean)
         alpha, sigma = self.schedule.alpha_sigma(t)
         target_x0, fake_x0 = self.schedule.to_x0(guided, x_t, t), self.schedule.to_x0(fake, x_t, t)
         gradient = self.objective(Scores(sample, target_x0, fake_x0, alpha, sigma))
         # The mean over elements of x0 * gradient has gradient / elements as its gradient on x0.
         loss = (x0 * gradient).mean()
-        self._norm("generator", self.generator.step(loss, self.rates["generator"], want_norms))
-        return sample, cond
+        self._norm("generator", self.generator.step(loss, self.rates["generator"], want_norm))
+        return sample, cond, mismatch
 
     def _mean(self, value: Tensor) -> float:
         return float(mean_over_ranks(value, self.world))
 
     def _norm(self, role: str, norm: float | None) -> None:
         if norm is not None:
-            self.norms = getattr(self, "norms", {}) | {role: norm}
+            self.norms[f"grad_norm/{role}"] = norm
 
     def metrics(self) -> dict:
-        norms = getattr(self, "norms", {})
-        record = {"lr/generator": self.rates["generator"], "lr/fake_score": self.rates["fake_score"]}
-        record |= {f"grad_norm/{role}": norm for role, norm in norms.items()}
-        return super().metrics() | record | {"target_node": self.target.node}
+        rates = {f"lr/{role}": rate for role, rate in self.rates.items()}
+        return super().metrics() | rates | self.norms | {"target_node": self.target.node}
 
     def preview(self) -> Tensor:
         z = self.preview_noise(self.sampler.latent_shape)
@@ -175,14 +175,16 @@ class Backtracking(TrainStage):
         return write
 
     def state_dict(self) -> dict:
-        own = {"ema": self.ema.state_dict(), "target": self.target.state_dict(), "kept": self.kept}
+        own = {"ema": self.ema.state_dict(), "target": self.target.state_dict(), "kept": self.kept, "norms": self.norms}
         return super().state_dict() | own
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
         self.target.load_state_dict(state["target"])
-        self.kept = [(x0.to(self.world.device), captions) for x0, captions in state["kept"]]
+        self.norms = state["norms"]
+        device = self.world.device
+        self.kept = [(x0.to(device), cond.map(lambda v: v.to(device))) for x0, cond in state["kept"]]
 
     def begin(self, step: int) -> None:
         super().begin(step)

@@ -145,7 +145,12 @@ class Role:
             self.write(kept)
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """The whole network's weights on rank 0 (host memory), None on the others. Every rank must call it."""
+        """A copy of the whole network's weights on rank 0 (host memory), None on the others. Every rank must call it."""
         if self.stage == 3:
-            return self.engine._zero3_consolidated_16bit_state_dict()
-        return {k: v.detach().cpu() for k, v in self.module.state_dict().items()} if self.world.main else None
+            whole = self.engine._zero3_consolidated_16bit_state_dict()
+        else:
+            whole = self.module.state_dict() if self.world.main else None
+        if whole is None:
+            return None
+        # Always a copy: on a CPU .cpu() gives the live weights, and the averaged ones would change back under the caller.
+        return {key: value.detach().to("cpu", copy=value.device.type == "cpu") for key, value in whole.items()}

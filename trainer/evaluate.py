@@ -12,13 +12,11 @@ from torch import Tensor
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
-from data.patterns import expand
-from data.reader import ShardDataset
 from models.metrics import Moments, frechet_distance, kernel_distance, precision_recall
 from models.pipeline import replace_folder
 from trainer.command import run_verb
 from trainer.distributed import barrier, from_main, gather_rows, sum_over_ranks
-from trainer.judge import JUDGES, Judge
+from trainer.judge import JUDGES, Judge, to_bytes
 from trainer.run import Run
 from trainer.runstate import WEIGHTS
 from trainer.source import Source, find_source
@@ -41,17 +39,15 @@ class Reference:
 
 def real_images(run: Run, judge: Judge) -> Reference:
     """Features of the held-out shards, over all ranks."""
-    patterns = run.settings.data.heldout
-    dataset = ShardDataset(expand(patterns, "data.heldout"), run.settings.data, seed=0, images=True)
+    dataset = run.dataset("heldout", ("image", "caption", "meta"))
     mine, size = [], run.settings.evaluate.batch
     rows = list(range(run.world.rank, len(dataset), run.world.size))
     for first in range(0, len(rows), size):
-        images = torch.stack([dataset.sample(row)["image"] for row in rows[first : first + size]])
-        mine.append(judge(((images + 1) * 127.5).round().to(torch.uint8).to(run.world.device))[0])
-    texts = ShardDataset(expand(patterns, "data.heldout"), run.settings.data, seed=0, images=False)
-    samples = [texts.sample(row) for row in range(len(texts))]
-    classes = [s["meta"].get("class") for s in samples]
-    return Reference(str(patterns), gather_rows(torch.cat(mine), run.world), [s["caption"] for s in samples], classes)
+        images = torch.stack([dataset.read(row)["image"] for row in rows[first : first + size]])
+        mine.append(judge(to_bytes(images).to(run.world.device))[0])
+    samples = [dataset.read_text(row) for row in range(len(dataset))]
+    name, classes = str(run.settings.data.heldout), [s["meta"].get("class") for s in samples]
+    return Reference(name, gather_rows(torch.cat(mine), run.world), [s["caption"] for s in samples], classes)
 
 
 def evaluate_one(run: Run, source: Source, judge: Judge, reference: Reference) -> dict:

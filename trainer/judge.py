@@ -7,8 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from data.patterns import expand
-from data.reader import ShardDataset
 from models.classifier import DigitClassifier, new_classifier
 from trainer.distributed import barrier
 from trainer.errors import UserError
@@ -46,11 +44,11 @@ class DigitJudge:
         self.name = f"digit classifier, held-out accuracy {self.accuracy:.4f}"
 
     def _train(self, run: Run, folder: Path) -> None:
-        images, classes = labelled(run, run.settings.data.train, "data.train")
+        images, classes = labelled(run, "train")
         net = new_classifier(seed=0)
         net.fit(images, classes, CLASSIFIER_STEPS, seed=0)
         net.eval()
-        held, held_classes = labelled(run, run.settings.data.heldout, "data.heldout")
+        held, held_classes = labelled(run, "heldout")
         with torch.no_grad():
             accuracy = float((net(held)[1].argmax(1) == held_classes).double().mean())
         (folder / "metrics.json").write_text(
@@ -64,14 +62,19 @@ class DigitJudge:
         return self.net(images)
 
 
-def labelled(run: Run, patterns: str | list[str], where: str) -> tuple[Tensor, Tensor]:
-    """All images of shards, uint8 [N, 3, R, R], and their classes [N]. For data sets that fit in memory."""
-    dataset = ShardDataset(expand(patterns, where), run.settings.data, seed=0, images=True)
-    samples = [dataset.sample(row) for row in range(len(dataset))]
+def labelled(run: Run, split: str) -> tuple[Tensor, Tensor]:
+    """All images of `data.train` or `data.heldout`, uint8 [N, 3, R, R], and their classes [N]. For data sets that fit
+    in memory."""
+    dataset = run.dataset(split, ("image", "caption", "meta"))
+    samples = [dataset.read(row) for row in range(len(dataset))]
     if not all("class" in s["meta"] for s in samples):
-        raise UserError(f'{where}: a sample has no "class" in its .json; evaluate.features=digits needs one')
-    images = ((torch.stack([s["image"] for s in samples]) + 1) * 127.5).round().to(torch.uint8)
-    return images, torch.tensor([s["meta"]["class"] for s in samples])
+        raise UserError(f'data.{split}: a sample has no "class" in its .json; evaluate.features=digits needs one')
+    return to_bytes(torch.stack([s["image"] for s in samples])), torch.tensor([s["meta"]["class"] for s in samples])
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Training images [N, 3, R, R] in [-1, 1] back to the uint8 that they were read from."""
+    return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 JUDGES = {"digits": DigitJudge}

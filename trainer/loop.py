@@ -42,8 +42,9 @@ class Stage(Protocol):
     def begin(self, step: int) -> None:
         """Opens the data at a step; called once, after a resume."""
 
-    def update(self, step: int, meters: Meters, want_norms: bool) -> dict | None:
-        """One training step. Returns metrics that must be written now (a target switch), else None."""
+    def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
+        """One training step; until_log: steps from this one to the next that is logged, 0 for one that is (norms are
+        read then, which waits for the device). Returns metrics that must be written now (a target switch), or None."""
 
     def metrics(self) -> dict:
         """Values of the current step for the metrics line (learning rates, target node, skipped samples)."""
@@ -95,8 +96,9 @@ def train(stage: Stage, settings: LoopSettings, folder: Path, world: World) -> f
         with StopRequest(world) as stop:
             for step in range(first + 1, stage.steps + 1):
                 last = step == stage.steps
-                logging = last or step % settings.log_every == 0
-                switch = stage.update(step - 1, meters, want_norms=logging)
+                until_log = min(-step % settings.log_every, stage.steps - step)
+                logging = until_log == 0
+                switch = stage.update(step - 1, meters, until_log)
                 if logging:
                     values = meters.read(world)  # waits for the device: the timing below is of finished work
                     spent, mark = time.monotonic() - mark, time.monotonic()

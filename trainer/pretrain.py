@@ -38,7 +38,7 @@ class Pretraining(TrainStage):
         self.schedule = self.sampler.schedule
         unet = load_unet(start / "unet")
         self.config = dict(unet.config)
-        tokens = self.sampler.text.parts.tokenizer.model_max_length
+        tokens = self.sampler.text.tokens
         flops = forward_flops(self.config, self.sampler.latent_shape, tokens)
         self.flops = 3 * flops * self.micro * settings.accumulation
         config = deepspeed_config(
@@ -56,7 +56,7 @@ class Pretraining(TrainStage):
         eps = self.noise.normal("posterior", step, index, tuple(posterior.mean.shape[1:]))
         return (posterior.mean + posterior.std * eps) * vae.config.scaling_factor
 
-    def update(self, step: int, meters: Meters, want_norms: bool) -> None:
+    def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         for batch in self.micro_batches(meters):
             x0 = self._latents(batch.images, step, batch.index)
@@ -68,7 +68,7 @@ class Pretraining(TrainStage):
             eps = self.noise.normal("eps", step, batch.index, tuple(x0.shape[1:]))
             loss = denoising_loss(self.teacher, self.schedule, x0, eps, t, cond)
             meters.add("loss/teacher", loss)
-            norm = self.teacher.step(loss, self.rate, want_norms)
+            norm = self.teacher.step(loss, self.rate, want_norm=until_log == 0)
             if norm is not None:
                 self.norm = norm
         self.ema.update(self.teacher.local())
@@ -114,7 +114,7 @@ def _start(run: Run, folder: Path) -> Path:
         build_miniature(settings.miniature).save_pretrained(temporary, safe_serialization=True)
         replace_folder(temporary, start)
     barrier(run.world)
-    if settings.autoencoder.steps and not (start / "autoencoder.json").exists():
+    if not (start / "autoencoder.json").exists():
         vae, scale = train_autoencoder(run, start)
         if run.world.main:
             replace_folder(vae, start / "vae")

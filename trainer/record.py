@@ -40,7 +40,7 @@ class Recording(TrainStage):
         self.timestep = s.conditioning_timestep
         generator, unet = load_unet(s.start_folder), load_unet(s.pipeline_folder / "unet")
         self.config = dict(unet.config)
-        tokens = self.sampler.text.parts.tokenizer.model_max_length
+        tokens = self.sampler.text.tokens
         flops = forward_flops(self.config, self.sampler.latent_shape, tokens)
         self.flops = 4 * flops * self.micro * settings.accumulation  # sample, forward, and a backward of two forwards
 
@@ -99,7 +99,7 @@ class Recording(TrainStage):
         """Mean squared distance of predictions over the whole probe."""
         return float(mean_over_ranks((one - other).square().mean().double(), self.world))
 
-    def update(self, step: int, meters: Meters, want_norms: bool) -> None:
+    def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         shape = self.sampler.latent_shape
         for batch in self.micro_batches(meters):
@@ -108,7 +108,7 @@ class Recording(TrainStage):
             eps = self.noise.normal("eps", step, batch.index, shape)
             loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
             meters.add("loss/fake_score", loss)
-            norm = self.fake_score.step(loss, self.rate, want_norms)
+            norm = self.fake_score.step(loss, self.rate, want_norm=until_log == 0)
             if norm is not None:
                 self.norm = norm
         self._consider(step + 1)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from data.patterns import expand
+from data.reader import ShardDataset
 from models.noise import SampleNoise
 from models.sampler import Sampler
 from trainer.distributed import World, barrier
@@ -35,6 +37,12 @@ class Run:
     def noise(self, stage: str) -> SampleNoise:
         """Per-sample noise; every stage draws from streams of its own name."""
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
+
+    def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset:
+        """The samples of `data.train` or `data.heldout`; want: of "image", "caption", "meta". Raises DataError."""
+        data = self.settings.data
+        paths = expand(getattr(data, split), f"data.{split}")
+        return ShardDataset(paths, data.resolution, want, self.settings.seed, data.image_keys, data.caption_key)
 
     def sampler(self, pipeline: Path) -> Sampler:
         return Sampler.load(pipeline, self.settings.data.resolution, self.dtype, self.world.device)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data.config import DataSettings
+from data.config import DataConfig
 from models.miniature import MiniatureSettings
 from trainer.loop import LoopSettings
 from trainer.schedules import OptimizerSettings
@@ -31,9 +31,9 @@ class AutoencoderSettings(TrainSettings):
     """Training of the miniature's autoencoder. kl: weight of the KL term a latent element; it keeps latents near unit
     scale and centred."""
 
-    steps: int = 600
-    batch: int = 64
-    clip: float = 1.0
+    steps: int = Field(600, ge=1)
+    batch: int = Field(64, ge=1)
+    clip: float = Field(1.0, ge=0)
     optimizer: OptimizerSettings = OptimizerSettings(lr=2e-3)
     kl: float = Field(1e-4, ge=0)
 
@@ -42,8 +42,8 @@ class PretrainSettings(TrainSettings):
     """Training of a teacher. start: a pipeline folder to go on from, or "miniature" to build one. caption_dropout: share
     of captions replaced by the empty one (classifier-free guidance needs it)."""
 
-    steps: int = 1500
-    batch: int = 64
+    steps: int = Field(1500, ge=1)
+    batch: int = Field(64, ge=1)
     start: str = "miniature"
     miniature: MiniatureSettings = MiniatureSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
@@ -58,8 +58,8 @@ class RecordSettings(TrainSettings):
     distance from the teacher, "steps" evenly in steps. probe: samples that the distance is measured on, every
     `probe_every` steps."""
 
-    steps: int = 1000
-    batch: int = 128
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(128, ge=1)
     optimizer: OptimizerSettings = OptimizerSettings(lr=5e-7)
     nodes: int = Field(10, ge=1)
     spacing: Literal["distance", "steps"] = "distance"
@@ -74,8 +74,8 @@ class BacktrackSettings(TrainSettings):
     target, "none" is plain distillation. fake_updates: fake-score updates a generator update; a step is one fake-score
     update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones."""
 
-    steps: int = 24_000
-    batch: int = 128
+    steps: int = Field(24_000, ge=1)
+    batch: int = Field(128, ge=1)
     objective: Literal["dmd", "vsd"] = "dmd"
     path: Literal["walk", "warm", "none"] = "walk"
     walk: WalkSettings = WalkSettings()
@@ -147,7 +147,7 @@ class RunSettings(Strict):
     path: str = ""
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
-    data: DataSettings = DataSettings()
+    data: DataConfig = DataConfig()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()
     backtrack: BacktrackSettings = BacktrackSettings()

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from data.config import DataSettings
 from data.digits import build_digits
 from data.folder import build_folder
 from data.index import build_index, save_index
@@ -26,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "--captions", type=Path, metavar="FILE", help="with --images: .json, .jsonl or .tsv of captions"
     )
     parser.add_argument("--out", type=Path, help="folder to write into (default for --digits: shards/digits)")
-    parser.add_argument("--per-shard", type=int, default=10_000, help="samples a shard (default 10000)")
+    parser.add_argument("--per-shard", type=int, default=1000, help="samples a shard (default 1000)")
     parser.add_argument("--decode", action="store_true", help="with --validate: decode every image too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
@@ -43,20 +42,23 @@ def main(argv: list[str] | None = None) -> int:
         elif args.images:
             if not args.out:
                 raise UserError("--images needs --out DIR, the folder for the shards")
-            written, rejected = build_folder(args.images, args.captions, args.out, args.per_shard)
-            print(f"{args.out}: {written} samples; left out: {dict(rejected) or 'none'}")
+            made = build_folder(args.images, args.captions, args.out, args.per_shard)
+            left = made["rejects"] or "none"
+            print(f"{args.out}: {made['samples']} samples in {len(made['shards'])} shards; left out: {left}")
         elif args.index:
             for tar in expand(args.index, "--index"):
                 index = build_index(tar)
                 if not save_index(index):
                     raise UserError(f"--index: {tar.parent} cannot be written")
-                print(f"{tar}: {len(index.keys)} samples, members {', '.join(index.extensions)}")
+                print(f"{tar}: {len(index)} samples, members {', '.join(index.extensions)}")
         elif args.validate:
-            report = validate(expand(args.validate, "--validate"), DataSettings(), images=True, decode=args.decode)
+            report = validate(expand(args.validate, "--validate"), args.decode)
             print(
-                f"{report['shards']} shards, {report['samples']} usable samples, {report['bytes'] / 1e6:.1f} MB; "
-                f"rejected: {report['rejected'] or 'none'}"
+                f"{report['shards']} shards, {report['samples']} usable samples, {report['bytes'] / 1e6:.1f} MB, captions "
+                f"of {report['caption_mean_length']:.0f} characters; rejected: {report['rejects'] or 'none'}"
             )
+            if report["broken"]:
+                raise UserError("; ".join(report["broken"].values()))
         else:
             raise UserError("say what to do: --digits, --images DIR, --index SHARDS or --validate SHARDS (see --help)")
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from data.patterns import expand
-from data.reader import Batch, Batches, ShardDataset
+from data.batches import Batch, Batches
 from models.sampler import image_noise
 from trainer.distributed import sum_over_ranks
 from trainer.engines import Role, micro_batch
@@ -30,8 +29,7 @@ class TrainStage:
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
         self.steps, self.batch = settings.steps, settings.batch
         self.micro = micro_batch(settings.batch, settings.accumulation, run.world, where or name)
-        data = run.settings.data
-        self.dataset = ShardDataset(expand(data.train, "data.train"), data, run.settings.seed, images)
+        self.dataset = run.dataset("train", ("image", "caption") if images else ("caption",))
         if self.dataset.rejected:
             log.warning(f"{name}: left out of the shards: {dict(self.dataset.rejected)}")
         self.noise = run.noise(name)
@@ -44,9 +42,10 @@ class TrainStage:
 
     def begin(self, step: int) -> None:
         """Opens the data at a step."""
-        pin = self.world.device.type == "cuda"
-        accumulation = self.settings.accumulation
-        self.batches = Batches(self.dataset, self.world.rank, self.world.size, self.micro, accumulation, step, pin)
+        world, workers = self.world, self.run.settings.data.workers
+        self.batches = Batches(
+            self.dataset, world.rank, world.size, self.micro, self.settings.accumulation, step, workers
+        )
 
     def micro_batches(self, meters: Meters) -> Iterator[Batch]:
         """The micro-batches of one step; the time spent waiting for them is metered."""
@@ -94,6 +93,7 @@ class TrainStage:
     def close(self) -> None:
         if hasattr(self, "batches"):
             self.batches.close()
+        self.dataset.close()
 
 
 def enlarge(images: Tensor, factor: int) -> Tensor:

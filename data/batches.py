@@ -1,0 +1,136 @@
+"""Endless micro-batches of one rank. Where it stands is one number, the step: resuming decodes nothing again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.errors import DataError
+from data.order import micro_batch_positions
+
+PREFETCH = 4  # micro-batches a worker holds ready
+
+
+@dataclass
+class Batch:
+    """One rank's micro-batch of B samples.
+
+    images: float32 [B, 3, R, R] in [-1, 1]; original_sizes, crops: int64 [B, 2], (height, width) and (top, left) in
+    pixels; all three None without images. index: each sample's place in the step's global batch, for per-sample noise.
+    skipped: rejected samples by reason.
+    """
+
+    captions: list[str]
+    images: Tensor | None
+    original_sizes: Tensor | None
+    crops: Tensor | None
+    meta: list[dict]
+    index: list[int]
+    skipped: dict[str, int]
+
+
+class Batches:
+    """next() gives one micro-batch; `accumulation` of them make a step. World size and accumulation change only who
+    reads a sample, never which samples a step sees."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rank: int,
+        world: int,
+        micro_batch: int,
+        accumulation: int = 1,
+        start_step: int = 0,
+        workers: int = 0,
+    ):
+        """dataset: a ShardDataset. workers: loader processes, 0 reads in this one. Raises ValueError for a split that
+        cannot be."""
+        if min(micro_batch, world, accumulation) < 1 or not 0 <= rank < world or start_step < 0:
+            raise ValueError(f"no batches for {rank=} {world=} {micro_batch=} {accumulation=} {start_step=}")
+        self._split = (rank, world, micro_batch, accumulation)
+        self._part = 0
+        loader = DataLoader(
+            _Reader(dataset),
+            batch_sampler=_Plan(start_step, *self._split),
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=PREFETCH if workers else None,
+            # Its own generator: the loader would otherwise draw a seed from the global one, and a resumed run differ.
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._batches: Iterator[dict | DataError] | None = iter(loader)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch. Raises DataError if samples cannot be read, RuntimeError after close()."""
+        if self._batches is None:
+            raise RuntimeError("these batches are closed")
+        fields = next(self._batches)
+        if isinstance(fields, DataError):
+            raise fields
+        index = list(micro_batch_positions(0, self._part, *self._split))
+        self._part = (self._part + 1) % self._split[-1]
+        return Batch(**fields, index=index)
+
+    def close(self) -> None:
+        """Ends the loader processes. May be called twice."""
+        self._batches = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Endless lists of global positions, one a micro-batch."""
+
+    start_step: int
+    rank: int
+    world: int
+    micro_batch: int
+    accumulation: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        split = (self.rank, self.world, self.micro_batch, self.accumulation)
+        step = self.start_step
+        while True:
+            for part in range(self.accumulation):
+                yield list(micro_batch_positions(step, part, *split))
+            step += 1
+
+
+class _Reader(Dataset):
+    """Reads a micro-batch at once and hands a DataError back as a value: raised in a loader process, it would reach the
+    user wrapped in that process's traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, positions: list[int]) -> list[dict] | DataError:
+        try:
+            return [self.dataset[position] for position in positions]
+        except DataError as error:
+            return error
+
+
+def _collate(samples: list[dict] | DataError) -> dict | DataError:
+    """Stacks samples into Batch's fields, all but `index`. A plain dict, so that the loader can pin its tensors."""
+    if isinstance(samples, DataError):
+        return samples
+    skipped: Counter[str] = Counter()
+    for sample in samples:
+        skipped.update(sample["skipped"])
+    images = "image" in samples[0]
+    return {
+        "captions": [sample["caption"] for sample in samples],
+        "images": torch.stack([sample["image"] for sample in samples]) if images else None,
+        "original_sizes": torch.tensor([sample["original_size"] for sample in samples]) if images else None,
+        "crops": torch.tensor([sample["crop"] for sample in samples]) if images else None,
+        "meta": [sample["meta"] for sample in samples],
+        "skipped": dict(skipped),
+    }

@@ -1,0 +1,41 @@
+"""Fixtures, built on the fly and once a session: shards, a tiny teacher, its path."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from trainer.distributed import World, start
+from trainer.pretrain import pretrain
+from trainer.quiet import no_progress_bars
+from trainer.record import record
+from trainer.run import Run
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    no_progress_bars()
+    return start()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A root folder with the digits' shards."""
+    from data.digits import build_digits
+
+    root = tmp_path_factory.mktemp("root")
+    build_digits(root / "shards")
+    return root
+
+
+@pytest.fixture(scope="session")
+def root(shards, world) -> Path:
+    """A root folder with shards, and a run `base` that has a tiny pipeline and a recorded path of three nodes."""
+    from support import tiny
+
+    settings = tiny(shards, "base", "record.nodes=3")
+    pretrain(Run(settings, world))
+    record(Run(settings, world))
+    return shards

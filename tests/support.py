@@ -1,0 +1,130 @@
+"""What several tests and the worker processes share: a tiny run, trained through the real stages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.backtrack import Backtracking
+from trainer.configfile import load_settings
+from trainer.distributed import World
+from trainer.errors import Stopped
+from trainer.loop import train
+from trainer.run import Run
+from trainer.settings import RunSettings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = REPOSITORY / "configs" / "tiny_sdxl.yaml"
+TIMES = {"time", "step_seconds", "data_seconds", "images_per_second", "memory_gb", "tflops_per_gpu", "mfu"}
+ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
+# AdamW divides by the square root of tiny second moments: sign noise of the last bit would grow to a whole step.
+EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.optimizer.eps=1e-4")
+# Everything that could go wrong over ranks: two fake updates a turn, accumulation, clipping that bites, guidance.
+PARITY = (*EPS, "backtrack.accumulation=2", "backtrack.fake_updates=2", "backtrack.clip=0.05", "backtrack.steps=8")
+RECORDING = (*EPS, "record.nodes=3", "record.clip=0.05", "record.accumulation=2")
+
+
+def places(root: Path, name: str) -> list[str]:
+    """Overrides that put a run beside the shared pipeline and path of `root`."""
+    return [
+        f"run={root / name}",
+        f"pipeline={root / 'base' / 'pipeline'}",
+        f"path={root / 'base' / 'path'}",
+        f"data.train={root / 'shards'}/train-*.tar",
+        f"data.heldout={root / 'shards'}/heldout-*.tar",
+        f"evaluate.classifier={root / 'classifier'}",
+    ]
+
+
+def tiny(root: Path, name: str, *overrides: str) -> RunSettings:
+    return load_settings(TINY, [*places(root, name), *overrides])
+
+
+def zero(stage: str) -> list[str]:
+    """Overrides that run all three roles at a ZeRO stage: a name of ds_configs/ or a JSON's path."""
+    teacher = "zero0" if stage in ("zero0", "zero1", "zero2") else stage
+    return [f"backtrack.{e}={teacher if e.startswith('teacher') else stage}" for e in ENGINES]
+
+
+def sharded_zero3(folder: Path) -> str:
+    """A ZeRO-3 configuration under which even the smallest parameter is sharded."""
+    file = folder / "sharded.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    return str(file)
+
+
+class Interrupted(Backtracking):
+    """Backtracking that is sent a signal in the middle of chosen steps, as a cluster would send it."""
+
+    signal_at: tuple[int, ...] = ()
+    signal_rank = 0
+
+    def update(self, step, meters, until_log):
+        if step + 1 in self.signal_at and self.world.rank == self.signal_rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().update(step, meters, until_log)
+
+
+def backtrack_weights(run: Run, signal_at: tuple[int, ...] = (), signal_rank: int = 0) -> dict[str, Tensor] | None:
+    """Trains stage 2 to its end or to its first stop; the generator's, fake score's and averaged weights on rank 0, or
+    None if it was stopped. Every rank must call it."""
+    folder = run.stage_folder("backtrack")
+    stage = Interrupted(run)
+    stage.signal_at, stage.signal_rank = signal_at, signal_rank
+    try:
+        train(stage, run.settings.backtrack.loop, folder, run.world)
+    except Stopped:
+        return None
+    weights = {}
+    for name in ("generator", "fake_score"):
+        state = stage.roles[name].state_dict()
+        weights |= {f"{name}.{k}": v.float() for k, v in (state or {}).items()}
+    with stage.generator.averaged(stage.ema):
+        state = stage.generator.state_dict()
+    return weights | {f"ema.{k}": v.float() for k, v in (state or {}).items()}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Metrics lines without the keys that are measurements of time and memory."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[k] - other[k]).abs().max()) for k in one)
+
+
+def environment() -> dict[str, str]:
+    """For child processes: no rank of ours, this source tree, one thread."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in names}
+    return env | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def verb(name: str, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """Runs `disback NAME ...` as a user does."""
+    call = [sys.executable, "-m", "trainer.cli", name, *arguments]
+    return subprocess.run(call, capture_output=True, text=True, env=environment() | env, cwd=cwd, timeout=600)
+
+
+def two_ranks(scenario: str, root: Path) -> None:
+    """Runs a scenario of tests/ranks.py in two processes; raises with their output if it fails."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    call = [*launcher, str(REPOSITORY / "tests" / "ranks.py"), scenario, str(root)]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=800)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def single(root: Path, name: str, world: World, *overrides: str) -> Run:
+    return Run(tiny(root, name, *overrides), world)
+
+
+def save(weights: dict[str, Tensor] | None, file: Path, world: World) -> None:
+    if world.main:
+        torch.save(weights, file)

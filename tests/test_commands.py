@@ -1,0 +1,189 @@
+"""The commands as a user runs them: what they print, their exit codes, and what bad input gets: one line, exit 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import support
+import torch
+
+TINY = ("--config", str(support.TINY))
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds the words."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("disback:")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_and_unknown_verbs():
+    assert "backtrack" in support.verb("--help").stdout
+    refused(support.verb("distil"), "unknown verb 'distil'")
+    refused(support.verb("record"), "--config")
+
+
+def test_unknown_key():
+    refused(support.verb("record", *TINY, "record.stepz=3"), "unknown key 'record.stepz'", "'record.steps'")
+
+
+def test_missing_shards(root, tmp_path):
+    flags = [*support.places(root, "bad"), f"data.train={tmp_path}/none-*.tar"]
+    refused(support.verb("record", *TINY, *flags, f"path={tmp_path}/p"), "data.train", "none-*.tar")
+
+
+def test_shard_without_captions(root, tmp_path):
+    import tarfile
+
+    source = next((root / "shards").glob("train-*.tar"))
+    with tarfile.open(source) as old, tarfile.open(tmp_path / "s.tar", "w") as new:
+        for member in old:
+            if not member.name.endswith(".txt"):
+                new.addfile(member, old.extractfile(member))
+    flags = [*support.places(root, "bad"), f"data.train={tmp_path}/s.tar", f"path={tmp_path}/p"]
+    refused(support.verb("record", *TINY, *flags), f"{tmp_path}/s.tar", "caption", ".txt")
+
+
+def test_truncated_tar(root, tmp_path):
+    source = next((root / "shards").glob("train-*.tar"))
+    raw = source.read_bytes()
+    (tmp_path / "s.tar").write_bytes(raw[: len(raw) // 2])
+    flags = [*support.places(root, "bad"), f"data.train={tmp_path}/s.tar", f"path={tmp_path}/p"]
+    refused(support.verb("record", *TINY, *flags), f"{tmp_path}/s.tar", "truncated")
+    refused(support.verb("shards", "--validate", f"{tmp_path}/s.tar"), "truncated")
+
+
+def test_batch_that_does_not_divide(root):
+    flags = [*support.places(root, "bad"), "backtrack.batch=9", "backtrack.accumulation=2"]
+    refused(support.verb("backtrack", *TINY, *flags), "backtrack.batch=9", "2 accumulation steps")
+
+
+def test_path_of_another_teacher(root, tmp_path):
+    shutil.copytree(root / "base" / "pipeline", tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    flags = [*support.places(root, "bad-teacher"), f"pipeline={tmp_path / 'pipeline'}"]
+    refused(support.verb("backtrack", *TINY, *flags), "recorded from another teacher")
+    assert not (root / "bad-teacher" / "backtrack" / "metrics.jsonl").exists()
+
+
+def test_missing_pipeline(root, tmp_path):
+    refused(
+        support.verb("record", *TINY, *support.places(root, "bad"), f"pipeline={tmp_path}", f"path={tmp_path}/p"),
+        "model_index.json is missing",
+    )
+
+
+def test_unwritable_run_folder(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = [*support.places(root, "bad"), f"run={tmp_path}/file/run", f"path={tmp_path}/p"]
+    refused(support.verb("record", *TINY, *flags), f"{tmp_path}/file/run", "cannot be written")
+
+
+def test_no_compiler(root, tmp_path):
+    """An empty PATH and an empty cache of extensions: DeepSpeed's CPU kernel can be neither found nor built."""
+    flags = [*support.places(root, "bad"), f"path={tmp_path}/p"]
+    env = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext")}
+    refused(support.verb("record", *TINY, *flags, **env), "C++ compiler", "g++")
+
+
+def test_stale_lock_of_a_killed_build(root, tmp_path):
+    folder = tmp_path / "ext" / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text("")
+    os.utime(folder / "lock", (0, 0))
+    done = support.verb(
+        "record", *TINY, *support.places(root, "bad"), f"path={tmp_path}/p", TORCH_EXTENSIONS_DIR=str(tmp_path / "ext")
+    )
+    refused(done, f"{folder / 'lock'}", "remove")
+
+
+def test_debug_shows_the_traceback():
+    done = support.verb("record", *TINY, "sed=1", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+def test_shards_of_a_folder(tmp_path):
+    import torchvision
+
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        torchvision.io.write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "images" / f"{name}.png"))
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": "black"}))
+    flags = ("--images", f"{tmp_path}/images", "--captions", f"{tmp_path}/captions.json", "--out", f"{tmp_path}/out")
+    done = support.verb("shards", *flags)
+    assert done.returncode == 0 and "1 samples" in done.stdout and "no caption" in done.stdout
+    done = support.verb("shards", "--validate", f"{tmp_path}/out", "--decode")
+    assert done.returncode == 0 and "1 usable samples" in done.stdout
+    done = support.verb("shards", "--index", f"{tmp_path}/out")
+    assert done.returncode == 0 and "1 samples, members json, png, txt" in done.stdout
+    refused(support.verb("shards"), "--digits")
+
+
+@pytest.mark.slow
+def test_all_verbs_in_a_row(tmp_path):
+    """Shards to report with the tiny configuration, in a fresh folder, by the commands of the README."""
+
+    def run(name, *arguments, config=True):
+        done = support.verb(name, *(TINY if config else ()), *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    run("shards", "--digits", config=False)
+    assert "ETA" in run("pretrain").stderr
+    assert "ETA" in run("record").stderr
+    log = run("backtrack").stderr
+    assert "target is node 2" in log and "target is node 0" in log and "ETA" in log
+    tiny = tmp_path / "runs" / "tiny"
+    keys = set(json.loads((tiny / "backtrack" / "metrics.jsonl").read_text().splitlines()[-1]))
+    assert {"step", "images_seen", "mfu", "loss/gan_head", "target_node", "mismatch", "skipped_samples"} <= keys
+    assert (tiny / "backtrack" / "samples" / "step-00000008.png").exists()
+    assert list((tiny / "backtrack" / "tensorboard").iterdir()) and (tiny / "backtrack" / "log.txt").read_text()
+    assert "world_size: 1" in (tiny / "config.yaml").read_text()
+    run("evaluate", "--watch", "evaluate.what=[teacher,start,generator]")
+    for what in ("teacher", "start", "generator", "step-00000004", "step-00000008"):
+        scores = json.loads((tiny / "eval" / what / "metrics.json").read_text())
+        assert scores["images"] == 64 and scores["fid"] > 0 and 0 <= scores["class_accuracy"] <= 1
+        assert scores["clip_score"] is None and scores["checkpoint"]
+        assert (tiny / "eval" / what / "grid.png").exists()
+    assert json.loads((tiny / "eval" / "step-00000008" / "metrics.json").read_text())["fid"] == scores["fid"]
+    run("sample", "--out", "out", "--source", "step-00000004")
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 4 and (tmp_path / "out" / "grid.png").exists()
+    run("export", "--checkpoint", "step-00000004", "--out", "exported")
+    assert (tmp_path / "exported" / "model_index.json").exists()
+    refused(support.verb("sample", *TINY, "--source", "nothing", cwd=tmp_path), "'nothing' is not", "step-00000004")
+    refused(support.verb("export", *TINY, "--checkpoint", "step-9", cwd=tmp_path), "step-00000004, step-00000008")
+    printed = run("report").stdout
+    assert "teacher" in printed and "report.html" in printed
+    page = (tiny / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 10 and "http" not in page.split("<h2>Configuration")[0]
+    rows = json.loads((tiny / "summary.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["teacher", "start", "path"]
+    assert rows[2]["generator_updates"] == 8 and rows[2]["sampling_steps"] == 1 and rows[2]["train_seconds"] > 0
+    again = run("backtrack")  # finished: resumes at its end and changes nothing
+    assert "resumed from" in again.stderr and "backtrack 8/8" not in again.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_under_the_deepspeed_launcher(root):
+    call = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_gpus", "2", "--master_port", "29571"]
+    call += ["--module", "trainer.backtrack", *TINY, *support.places(root, "launched")]
+    done = subprocess.run(call, capture_output=True, text=True, env=support.environment() | {"DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert "world_size: 2" in (root / "launched" / "config.yaml").read_text()
+    assert (root / "launched" / "generator" / "model_index.json").exists()
+    bad = subprocess.run(
+        [*call, "backtrack.batch=7"],
+        capture_output=True,
+        text=True,
+        env=support.environment() | {"DS_ACCELERATOR": "cpu"},
+    )
+    assert bad.returncode == 2
+    assert bad.stderr.count("disback:") + bad.stdout.count("disback:") == 1

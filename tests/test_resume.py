@@ -1,0 +1,120 @@
+"""A run that is stopped, or killed, and started again is the run that was never stopped: weights and metrics."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import support
+import torch
+
+from trainer.errors import UserError
+
+
+def assert_same(root, one, other, weights, other_weights):
+    assert support.largest_difference(weights, other_weights) == 0.0
+    assert support.metrics(root / one / "backtrack") == support.metrics(root / other / "backtrack")
+
+
+FLAGS = (
+    "backtrack.fake_updates=2",
+    "backtrack.reuse_x0=true",
+    "backtrack.loop.log_every=3",
+    "backtrack.accumulation=2",
+)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_one_process_interrupted_twice(root, world, adaptive):
+    flags = [*FLAGS]
+    if adaptive:
+        flags += ["backtrack.walk.mode=adaptive", "backtrack.walk.interval=1", "backtrack.walk.most=2"]
+    name = "adaptive" if adaptive else "fixed"
+    whole = support.backtrack_weights(support.single(root, f"whole-{name}", world, *flags))
+    run = support.single(root, f"parts-{name}", world, *flags)
+    assert support.backtrack_weights(run, signal_at=(2,)) is None
+    assert (run.folder / "backtrack" / "LATEST").read_text() == "step-00000002\n"
+    assert support.backtrack_weights(run, signal_at=(5,)) is None
+    parts = support.backtrack_weights(run)
+    assert_same(root, f"whole-{name}", f"parts-{name}", whole, parts)
+    nodes = [line["target_node"] for line in support.metrics(run.folder / "backtrack")]
+    assert nodes == sorted(nodes, reverse=True) and nodes[-1] < nodes[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_interrupted_twice(root):
+    support.two_ranks("resume", root)
+    for stage in ("zero2", "sharded"):
+        whole, parts = (torch.load(root / "resume" / f"{kind}-{stage}.pt") for kind in ("whole", "parts"))
+        assert_same(root, f"whole-{stage}", f"parts-{stage}", whole, parts)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_save(root, world):
+    """kill -9 while a checkpoint is being written: LATEST still names a whole one, and nothing else is lost."""
+    flags = ["backtrack.loop.save_every=1", "backtrack.loop.sample_every=0"]
+    whole = support.backtrack_weights(support.single(root, "unkilled", world, *flags))
+    call = [sys.executable, "-m", "trainer.backtrack", "--config", str(support.TINY)]
+    call += [*support.places(root, "killed"), *flags]
+    checkpoints = root / "killed" / "backtrack" / "checkpoints"
+    process = subprocess.Popen(call, env=support.environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    half = checkpoints / "step-00000004.tmp"
+    while process.poll() is None and not (half / "engines").exists():
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    latest = (root / "killed" / "backtrack" / "LATEST").read_text().strip()
+    assert latest in ("step-00000003", "step-00000004")
+    assert half.exists() == (latest == "step-00000003")
+    weights = support.backtrack_weights(support.single(root, "killed", world, *flags))
+    assert_same(root, "unkilled", "killed", whole, weights)
+    assert not half.exists()
+
+
+@pytest.mark.slow
+def test_signal_to_the_command_exits_75_and_resumes(root):
+    """The real command: SIGTERM, exit code 75, the same command again, exit code 0."""
+    flags = [*support.places(root, "signalled"), "backtrack.steps=2000", "backtrack.loop.save_every=1000"]
+    call = [sys.executable, "-m", "trainer.backtrack", "--config", str(support.TINY)]
+    process = subprocess.Popen([*call, *flags], env=support.environment(), stderr=subprocess.PIPE, text=True)
+    lines = root / "signalled" / "backtrack" / "metrics.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.read_text().count("\n") > 1):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, message
+    latest = (root / "signalled" / "backtrack" / "LATEST").read_text().strip()
+    step = int(latest[5:])
+    flags[-2] = f"backtrack.steps={step + 2}"
+    done = subprocess.run([*call, *flags], env=support.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {root}/signalled/backtrack/checkpoints/{latest}" in done.stderr
+    assert (root / "signalled" / "generator" / "model_index.json").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(root, world):
+    run = support.single(root, "identity", world)
+    assert support.backtrack_weights(run, signal_at=(2,)) is None
+    other = support.single(root, "identity", world, "backtrack.guidance_scale=2.0")
+    with pytest.raises(UserError, match=r"backtrack.guidance_scale was 1.5, is now 2.0"):
+        support.backtrack_weights(other)
+    longer = support.single(root, "identity", world, "backtrack.steps=10")
+    assert support.backtrack_weights(longer) is not None
+
+
+def test_a_damaged_checkpoint_is_refused(root, world):
+    run = support.single(root, "damaged-checkpoint", world)
+    assert support.backtrack_weights(run, signal_at=(2,)) is None
+    file = next((run.folder / "backtrack" / "checkpoints" / "step-00000002").rglob("*model_states.pt"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="step-00000002.*cannot be loaded"):
+        support.backtrack_weights(support.single(root, "damaged-checkpoint", world))
+
+
+def test_fresh_refuses_a_folder_with_a_checkpoint(root, world):
+    run = support.single(root, "fresh", world)
+    assert support.backtrack_weights(run, signal_at=(2,)) is None
+    with pytest.raises(UserError, match="--fresh"):
+        type(run)(run.settings, world, fresh=True).stage_folder("backtrack")
