@@ -9,6 +9,7 @@ from trainer.configfile import load_settings
 from trainer.distributed import World
 from trainer.engines import deepspeed_config, micro_batch
 from trainer.errors import UserError
+from trainer.reference import reference
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,7 @@ def test_deepspeed_contradictions_are_refused(tmp_path):
         deepspeed_config(str(file), 1, 1, 0.0, "fp32", world(1))
     with pytest.raises(UserError, match="known names: teacher, zero0"):
         deepspeed_config("zero9", 1, 1, 0.0, "fp32", world(1))
+
+
+def test_the_written_reference_is_the_codes():
+    assert (support.REPOSITORY / "docs" / "configuration.md").read_text() == reference(), "run `make docs`"

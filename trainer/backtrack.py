@@ -19,10 +19,9 @@ from models.ema import Ema
 from models.flops import forward_flops
 from models.networks import denoising_loss, generate, predict, predict_guided
 from models.objectives import OBJECTIVES, Scores
-from models.pipeline import check_pipeline, load_unet, weights_hash, write_one_step_pipeline
+from models.pipeline import check_pipeline, weights_hash, write_one_step_pipeline
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
-from trainer.engines import Role, deepspeed_config
 from trainer.errors import UserError
 from trainer.loop import train
 from trainer.path import open_path
@@ -53,18 +52,9 @@ class Backtracking(TrainStage):
         self.objective = OBJECTIVES[settings.objective]
         far = path.folder(len(path.nodes) - 1) if path else teacher_folder
         log.info(f"fake score starts from {far}")
-        generator = load_unet(s.start_folder)
-        self.config = dict(generator.config)
-
-        def role(name: str, unet: torch.nn.Module, ds_config: str, optimizer: object) -> Role:
-            clip = settings.clip if optimizer else 0.0
-            config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, s.precision, run.world)
-            return Role(name, unet, config, run.world, optimizer)
-
-        self.teacher = role("teacher", load_unet(teacher_folder), settings.teacher_ds_config, None)
-        self.generator = role("generator", generator, settings.generator_ds_config, settings.generator)
-        self.fake_score = role("fake_score", load_unet(far), settings.fake_score_ds_config, settings.fake_score)
-        self.roles = {"teacher": self.teacher, "generator": self.generator, "fake_score": self.fake_score}
+        self.teacher = self.role("teacher", teacher_folder, settings.teacher_ds_config)
+        self.generator = self.role("generator", s.start_folder, settings.generator_ds_config, settings.generator)
+        self.fake_score = self.role("fake_score", far, settings.fake_score_ds_config, settings.fake_score)
         self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
         self.ema = Ema(self.generator.local(), settings.ema)
         self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
@@ -79,7 +69,7 @@ class Backtracking(TrainStage):
         forward; a fake update is forward and back (3), and makes its own samples unless it may reuse a turn's."""
         settings = self.settings
         tokens = self.sampler.text.tokens
-        forward = forward_flops(self.config, self.sampler.latent_shape, tokens)
+        forward = forward_flops(self.generator.config, self.sampler.latent_shape, tokens)
         turn = 3 + (1 if settings.guidance_scale == 1 else 2) + 1
         fresh = 0 if settings.reuse_x0 else settings.fake_updates - 1
         passes = turn + 3 * settings.fake_updates + fresh
@@ -170,7 +160,7 @@ class Backtracking(TrainStage):
             with self.generator.averaged(self.ema):
                 state = self.generator.state_dict()
             if state is not None:
-                save_folder(state, self.config, folder, self.run.dtype)
+                save_folder(state, self.generator.config, folder, self.run.dtype)
 
         return write
 

@@ -74,13 +74,14 @@ def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, prec
 class Role:
     """One network under DeepSpeed, trained (with an optimizer) or frozen (without).
 
-    Call it for a forward pass. `module` is the bare network, for terms that need autograd to an input only.
+    Call it for a forward pass. `module` is the bare network, for terms that need autograd to an input only. `config` is
+    the network's own configuration, as its weights folder has it.
     """
 
     def __init__(
         self, name: str, network: nn.Module, config: dict, world: World, optimizer: OptimizerSettings | None = None
     ):
-        self.name, self.world = name, world
+        self.name, self.world, self.config = name, world, dict(getattr(network, "config", {}))
         self.trained = optimizer is not None
         stage = config["zero_optimization"]["stage"]
         if not self.trained and stage not in (0, 3):

@@ -14,11 +14,10 @@ from models.ema import Ema
 from models.flops import forward_flops
 from models.miniature import build_miniature
 from models.networks import denoising_loss
-from models.pipeline import check_pipeline, load_unet, replace_folder
+from models.pipeline import check_pipeline, replace_folder
 from trainer.autoencoder import train_autoencoder
 from trainer.command import run_verb
 from trainer.distributed import barrier
-from trainer.engines import Role, deepspeed_config
 from trainer.loop import train
 from trainer.run import Run
 from trainer.runstate import WEIGHTS
@@ -36,16 +35,9 @@ class Pretraining(TrainStage):
         super().__init__("pretrain", run, settings, images=True)
         self.sampler = run.sampler(start)
         self.schedule = self.sampler.schedule
-        unet = load_unet(start / "unet")
-        self.config = dict(unet.config)
-        tokens = self.sampler.text.tokens
-        flops = forward_flops(self.config, self.sampler.latent_shape, tokens)
+        self.teacher = self.role("teacher", start / "unet", settings.ds_config, settings.optimizer)
+        flops = forward_flops(self.teacher.config, self.sampler.latent_shape, self.sampler.text.tokens)
         self.flops = 3 * flops * self.micro * settings.accumulation
-        config = deepspeed_config(
-            settings.ds_config, self.micro, settings.accumulation, settings.clip, run.settings.precision, run.world
-        )
-        self.teacher = Role("teacher", unet, config, run.world, settings.optimizer)
-        self.roles = {"teacher": self.teacher}
         self.ema = Ema(self.teacher.local(), settings.ema)
 
     def _latents(self, images: Tensor, step: int, index: list[int]) -> Tensor:
@@ -90,7 +82,7 @@ class Pretraining(TrainStage):
             with self.teacher.averaged(self.ema):
                 state = self.teacher.state_dict()
             if state is not None:
-                save_folder(state, self.config, folder, self.run.dtype)
+                save_folder(state, self.teacher.config, folder, self.run.dtype)
 
         return write
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from models.conditioning import Conditioning
 from models.flops import forward_flops
 from models.networks import denoising_loss, generate, predict
-from models.pipeline import check_pipeline, load_unet, weights_hash
+from models.pipeline import check_pipeline, weights_hash
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
-from trainer.engines import Role, deepspeed_config
 from trainer.loop import train
 from trainer.path import MANIFEST, Node, choose_nodes, file_hash, generator_hash, write_manifest
 from trainer.run import Run
@@ -38,22 +37,14 @@ class Recording(TrainStage):
         self.sampler = run.sampler(s.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.timestep = s.conditioning_timestep
-        generator, unet = load_unet(s.start_folder), load_unet(s.pipeline_folder / "unet")
-        self.config = dict(unet.config)
+        self.generator = self.role("generator", s.start_folder, settings.teacher_ds_config)
+        teacher_folder = s.pipeline_folder / "unet"
+        self.fake_score = self.role("fake_score", teacher_folder, settings.ds_config, settings.optimizer)
         tokens = self.sampler.text.tokens
-        flops = forward_flops(self.config, self.sampler.latent_shape, tokens)
+        flops = forward_flops(self.fake_score.config, self.sampler.latent_shape, tokens)
         self.flops = 4 * flops * self.micro * settings.accumulation  # sample, forward, and a backward of two forwards
-
-        def config(name: str, clip: float) -> dict:
-            return deepspeed_config(name, self.micro, settings.accumulation, clip, s.precision, run.world)
-
-        self.generator = Role("generator", generator, config(settings.teacher_ds_config, 0.0), run.world)
-        self.fake_score = Role(
-            "fake_score", unet, config(settings.ds_config, settings.clip), run.world, settings.optimizer
-        )
-        self.roles = {"generator": self.generator, "fake_score": self.fake_score}
-        teacher = weights_hash(s.pipeline_folder / "unet")
-        start = teacher if s.start_folder == s.pipeline_folder / "unet" else weights_hash(s.start_folder)
+        teacher = weights_hash(teacher_folder)
+        start = teacher if s.start_folder == teacher_folder else weights_hash(s.start_folder)
         self.hashes = teacher, generator_hash(start, self.timestep)
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
         self.candidates = s.path_folder / "candidates"
@@ -134,7 +125,7 @@ class Recording(TrainStage):
             return
         state = self.fake_score.state_dict()
         if state is not None:
-            save_folder(state, self.config, self.candidates / step_name(step), torch.bfloat16)
+            save_folder(state, self.fake_score.config, self.candidates / step_name(step), torch.bfloat16)
         self.steps_kept.append(step)
         self.distances.append(self.distance)
         self.predictions.append(prediction.cpu())

@@ -10,10 +10,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
+from models.pipeline import load_unet
 from models.sampler import image_noise
 from trainer.distributed import sum_over_ranks
-from trainer.engines import Role, micro_batch
+from trainer.engines import Role, deepspeed_config, micro_batch
 from trainer.run import Run
+from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
 from trainer.telemetry import Meters, log
 
@@ -39,6 +41,15 @@ class TrainStage:
         private = settings.model_dump(mode="json", exclude={"loop", "steps"})
         self.identity = {f"{name}.{k}": v for k, v in private.items()}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
+
+    def role(self, name: str, folder: Path, ds_config: str, optimizer: OptimizerSettings | None = None) -> Role:
+        """The network of a weights folder as a role under DeepSpeed: trained with an optimizer's settings, frozen
+        without."""
+        settings, clip = self.settings, self.settings.clip if optimizer else 0.0
+        precision = self.run.settings.precision
+        config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, precision, self.world)
+        self.roles[name] = role = Role(name, load_unet(folder), config, self.world, optimizer)
+        return role
 
     def begin(self, step: int) -> None:
         """Opens the data at a step."""
