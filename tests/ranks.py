@@ -31,6 +31,15 @@ def resume(root, world):
         support.save(support.backtrack_weights(run), root / "resume" / f"parts-{label}.pt", world)
 
 
+def poison(root, world):
+    """A gradient that is not finite, on one rank of two."""
+    from test_health import poisoned
+
+    for stage in ("zero0", "zero2"):
+        run = support.single(root, f"poison-{stage}", world, *support.zero(stage), "backtrack.steps=4")
+        support.save(poisoned(run, (1,), rank=1), root / "poison" / f"{stage}.pt", world)
+
+
 def recording(root, world):
     """Stage 1 with two ranks at sharded ZeRO-3."""
     stage = support.sharded_zero3(root / "recording")

@@ -70,14 +70,15 @@ class Interrupted(Backtracking):
         return super().update(step, meters, until_log)
 
 
-def backtrack_weights(run: Run, signal_at: tuple[int, ...] = (), signal_rank: int = 0) -> dict[str, Tensor] | None:
+def backtrack_weights(run: Run, kind: type[Interrupted] = Interrupted, **trouble: object) -> dict[str, Tensor] | None:
     """Trains stage 2 to its end or to its first stop; the generator's, fake score's and averaged weights on rank 0, or
-    None if it was stopped. Every rank must call it."""
+    None if it was stopped. trouble: attributes of the stage, such as signal_at. Every rank must call it."""
     folder = run.stage_folder("backtrack")
-    stage = Interrupted(run)
-    stage.signal_at, stage.signal_rank = signal_at, signal_rank
+    stage = kind(run)
+    for name, value in trouble.items():
+        setattr(stage, name, value)
     try:
-        train(stage, run.settings.backtrack.loop, folder, run.world)
+        train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)
     except Stopped:
         return None
     weights = {}

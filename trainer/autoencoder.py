@@ -81,6 +81,6 @@ def train_autoencoder(run: Run, start: Path) -> tuple[Path, float]:
     """Trains the autoencoder of the pipeline folder `start`; returns its folder and scaling factor."""
     folder = run.stage_folder("autoencoder")
     stage = AutoencoderTraining(run, start)
-    train(stage, run.settings.pretrain.autoencoder.loop, folder, run.world)
+    train(stage, run.settings.pretrain.autoencoder.loop, run.settings.health, folder, run.world)
     scale = stage.finish(folder / "vae")
     return folder / "vae", scale

@@ -91,6 +91,7 @@ class Backtracking(TrainStage):
                 # The last turn before a line is the one whose norm the line shows.
                 x0, cond, mismatch = self._generator_turn(step, batch, until_log < settings.fake_updates)
                 meters.add("mismatch", mismatch)
+                meters.add("sample_spread", _spread(x0))
                 mismatches.append(mismatch)
                 if settings.reuse_x0:
                     self.kept.append((x0, cond))
@@ -108,7 +109,7 @@ class Backtracking(TrainStage):
         if turn:
             self.ema.update(self.generator.local())
             self.target.observe(step // settings.fake_updates, torch.stack(mismatches).mean(), self._mean)
-        return {} if switched else None
+        return self.rates_and_target() if switched else None
 
     def _encode(self, captions: list[str]) -> Conditioning:
         return self.sampler.text.encode(captions, self.sampler.resolution)
@@ -147,8 +148,10 @@ class Backtracking(TrainStage):
             self.norms[f"grad_norm/{role}"] = norm
 
     def metrics(self) -> dict:
-        rates = {f"lr/{role}": rate for role, rate in self.rates.items()}
-        return super().metrics() | rates | self.norms | {"target_node": self.target.node}
+        return super().metrics() | self.norms | self.rates_and_target()
+
+    def rates_and_target(self) -> dict:
+        return {f"lr/{role}": rate for role, rate in self.rates.items()} | {"target_node": self.target.node}
 
     def preview(self) -> Tensor:
         z = self.preview_noise(self.sampler.latent_shape)
@@ -186,6 +189,14 @@ class Backtracking(TrainStage):
         self.target.close()
 
 
+def _spread(x0: Tensor) -> Tensor:
+    """How much samples [B, C, H, W] differ from each other (from their own mean, if there is but one): a standard
+    deviation, a scalar. A generator that collapses makes it small."""
+    if len(x0) > 1:
+        return (x0 - x0.roll(1, 0)).square().mean().div(2).sqrt()
+    return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()
+
+
 def export_generator(run: Run, unet: Path, out: Path, note: dict) -> None:
     """Writes a one-step pipeline of a generator's UNet folder."""
     source, timestep = run.settings.pipeline_folder, run.settings.conditioning_timestep
@@ -197,7 +208,7 @@ def backtrack(run: Run) -> None:
     check_pipeline(run.settings.pipeline_folder)
     folder = run.stage_folder("backtrack")
     stage = Backtracking(run)
-    seconds = train(stage, run.settings.backtrack.loop, folder, run.world)
+    seconds = train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)
     if run.world.main:
         latest = (folder / "LATEST").read_text().strip()
         note = {"checkpoint": latest, "weights": "ema", "train_seconds": seconds}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.ema import Ema
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.optimizer import GuardedAdamW
 from trainer.schedules import OptimizerSettings
 from trainer.weights import Slice
 
@@ -26,6 +27,8 @@ OURS = {
     "optimizer": "optimizer",
     "scheduler": "optimizer",
 }
+
+PROBE = 1 << 16  # weights a role that `update_ratio` looks at
 
 
 def micro_batch(batch: int, accumulation: int, world: World, where: str) -> int:
@@ -89,17 +92,12 @@ class Role:
         network.requires_grad_(self.trained).train(self.trained)
         adam = None
         if optimizer is not None:
-            adam = torch.optim.AdamW(
-                network.parameters(),
-                lr=optimizer.lr,
-                betas=optimizer.betas,
-                eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay,
-                fused=world.device.type == "cuda",
-            )
+            adam = GuardedAdamW(list(network.parameters()), optimizer, world)
+        self.adam = adam
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
         self.stage = stage
         self.slices = [Slice(key, p, world) for key, p in self.engine.module.named_parameters()]
+        self._probe = self._some_weights()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.engine(*args, **kwargs)
@@ -124,6 +122,31 @@ class Role:
         if want_norm and not plain:
             norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def skipped_updates(self) -> int:
+        """Updates left out because of a gradient that was not finite, by us or by DeepSpeed. Waits for the device."""
+        return int(self.adam.skipped) + self.engine.skipped_steps
+
+    def _some_weights(self) -> Tensor:
+        """A copy of the first weights of this rank's largest slice, float32."""
+        largest = max(self.local(), key=lambda t: t.numel())
+        return largest.reshape(-1)[:PROBE].float().clone()
+
+    def update_ratio(self) -> Tensor:
+        """|change| / |weights| of some of this rank's weights since the last call: a scalar on the device."""
+        now = self._some_weights()
+        ratio = (now - self._probe).norm() / now.norm().clamp_min(1e-12)
+        self._probe = now
+        return ratio
+
+    def watch_state(self) -> dict:
+        """What `skipped_updates` and `update_ratio` remember, for the run state."""
+        return {"skipped": self.adam.skipped, "probe": self._probe}
+
+    def load_watch_state(self, state: dict) -> None:
+        self.adam.skipped.copy_(state["skipped"])
+        if state["probe"].shape == self._probe.shape:  # another world size cuts the weights elsewhere
+            self._probe.copy_(state["probe"])
 
     def local(self) -> list[Tensor]:
         """This rank's slices of the weights: all of every tensor below ZeRO-3, its own part under it."""

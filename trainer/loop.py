@@ -10,7 +10,8 @@ from torch import Tensor
 
 from trainer.distributed import World
 from trainer.engines import Role
-from trainer.errors import Stopped
+from trainer.errors import Stopped, UserError
+from trainer.health import Health, HealthSettings
 from trainer.runstate import Checkpoints
 from trainer.signals import StopRequest
 from trainer.telemetry import Meters, Telemetry, log
@@ -44,7 +45,7 @@ class Stage(Protocol):
 
     def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
         """One training step; until_log: steps from this one to the next that is logged, 0 for one that is (norms are
-        read then, which waits for the device). Returns metrics that must be written now (a target switch), or None."""
+        read then, which waits for the device). Returns values that must be written now (a target switch), or None."""
 
     def metrics(self) -> dict:
         """Values of the current step for the metrics line (learning rates, target node, skipped samples)."""
@@ -65,10 +66,10 @@ class Stage(Protocol):
     def close(self) -> None: ...
 
 
-def train(stage: Stage, settings: LoopSettings, folder: Path, world: World) -> float:
+def train(stage: Stage, settings: LoopSettings, health_settings: HealthSettings, folder: Path, world: World) -> float:
     """Runs a stage to its end, from its last checkpoint if there is one; returns the seconds of training so far.
 
-    Raises Stopped after saving if a signal asked for it.
+    Raises Stopped after saving if a signal asked for it, UserError if no update can be made any more.
     """
     checkpoints = Checkpoints(
         folder, world, stage.roles, stage.identity, settings.keep_last, settings.keep_weights_every
@@ -84,6 +85,7 @@ def train(stage: Stage, settings: LoopSettings, folder: Path, world: World) -> f
         stage.begin(first)
         if first == 0 and settings.sample_every:
             _preview(stage, telemetry, 0)
+    health = Health(health_settings)
     mark, marked = time.monotonic(), first
 
     def save(step: int) -> Path:
@@ -104,11 +106,11 @@ def train(stage: Stage, settings: LoopSettings, folder: Path, world: World) -> f
                     spent, mark = time.monotonic() - mark, time.monotonic()
                     seconds += spent
                     pace, marked = spent / (step - marked), step
-                    telemetry.line(step, _speed(stage, step, seconds, pace) | values | stage.metrics())
+                    line = _speed(stage, step, seconds, pace) | values | stage.metrics()
+                    telemetry.line(step, line)
+                    _look_after(health, line, stage, step, checkpoints)
                 elif switch:
-                    telemetry.line(
-                        step, {"images_seen": step * stage.batch, "time": seconds} | stage.metrics() | switch
-                    )
+                    telemetry.line(step, {"images_seen": step * stage.batch, "time": seconds} | switch)
                 if settings.sample_every and (last or step % settings.sample_every == 0):
                     _preview(stage, telemetry, step)
                 stopping = stop.agreed() and not last
@@ -123,6 +125,19 @@ def train(stage: Stage, settings: LoopSettings, folder: Path, world: World) -> f
         stage.close()
         telemetry.close()
     return seconds
+
+
+def _look_after(health: Health, line: dict, stage: Stage, step: int, checkpoints: Checkpoints) -> None:
+    """Says what looks wrong; ends a run that only leaves updates out (every rank finds the same)."""
+    for warning in health.observe(line):
+        log.warning(f"{stage.name}, step {step}: {warning}")
+    if health.hopeless:
+        good = checkpoints.latest()
+        raise UserError(
+            f"{stage.name} stopped at step {step}: {health.skipped_in_a_row} updates in a row had a gradient that was not "
+            f"finite; the last checkpoint is {good or 'none'}. Lower the learning rates, clip harder or look at the data, "
+            "then run the same command again"
+        )
 
 
 def _speed(stage: Stage, step: int, seconds: float, pace: float) -> dict:

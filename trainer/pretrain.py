@@ -124,7 +124,7 @@ def pretrain(run: Run) -> None:
     start = _start(run, run.stage_folder("pretrain"))
     folder = run.stage_folder("pretrain")  # the log goes on there, after the autoencoder's
     stage = Pretraining(run, start)
-    seconds = train(stage, run.settings.pretrain.loop, folder, run.world)
+    seconds = train(stage, run.settings.pretrain.loop, run.settings.health, folder, run.world)
     if run.world.main:
         last = folder / "checkpoints" / (folder / "LATEST").read_text().strip() / WEIGHTS
         temporary = out.with_name("pipeline.tmp")

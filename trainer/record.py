@@ -201,7 +201,7 @@ def record(run: Run) -> None:
         return
     folder = run.stage_folder("record")
     stage = Recording(run)
-    seconds = train(stage, run.settings.record.loop, folder, run.world)
+    seconds = train(stage, run.settings.record.loop, run.settings.health, folder, run.world)
     nodes = stage.finish()
     if run.world.main:
         spots = ", ".join(f"{n.index}: step {n.step}, distance {n.distance_to_node_0:.4f}" for n in nodes)

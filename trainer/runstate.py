@@ -64,6 +64,11 @@ class Checkpoints:
         self.root = self.folder / "checkpoints"
         self.trained = {name: role for name, role in self.roles.items() if role.trained}
 
+    def latest(self) -> Path | None:
+        """The checkpoint that LATEST names, if any."""
+        file = self.folder / "LATEST"
+        return self.root / file.read_text().strip() if file.exists() else None
+
     def save(self, step: int, state: dict, write_weights: Callable[[Path], None] | None) -> Path:
         """Writes the checkpoint of `step` finished steps. Every rank must call it."""
         final, temporary = self.root / step_name(step), self.root / (step_name(step) + ".tmp")

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data.config import DataConfig
 from models.miniature import MiniatureSettings
+from trainer.health import HealthSettings
 from trainer.loop import LoopSettings
 from trainer.schedules import OptimizerSettings
 from trainer.walk import WalkSettings
@@ -155,6 +156,7 @@ class RunSettings(Strict):
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     report: ReportSettings = ReportSettings()
+    health: HealthSettings = HealthSettings()
 
     @property
     def folder(self) -> Path:

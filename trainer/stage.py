@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 from data.batches import Batch, Batches
 from models.pipeline import load_unet
 from models.sampler import image_noise
-from trainer.distributed import sum_over_ranks
+from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
 from trainer.run import Run
 from trainer.schedules import OptimizerSettings
@@ -82,9 +82,15 @@ class TrainStage:
         return make_grid(enlarge(images, self.run.settings.sample.enlarge), nrow=8, padding=2, pad_value=128)
 
     def metrics(self) -> dict:
-        """Skipped samples so far, over all ranks. Every rank calls it."""
+        """Skipped samples and updates so far over all ranks, and how far the weights moved since the last line. Every
+        rank calls it."""
         count = torch.tensor([float(sum(self.skipped.values()))], device=self.world.device)
-        return {"skipped_samples": int(sum_over_ranks(count, self.world))}
+        values = {"skipped_samples": int(sum_over_ranks(count, self.world))}
+        trained = {name: role for name, role in self.roles.items() if role.trained}
+        values["skipped_updates"] = sum(role.skipped_updates() for role in trained.values())
+        ratios = torch.stack([role.update_ratio() for role in trained.values()])
+        ratios = mean_over_ranks(ratios, self.world).tolist()
+        return values | {f"update_ratio/{name}": ratio for name, ratio in zip(trained, ratios, strict=True)}
 
     def preview(self) -> Tensor | None:
         return None
@@ -93,10 +99,13 @@ class TrainStage:
         return None
 
     def state_dict(self) -> dict:
-        return {"skipped": dict(self.skipped)}
+        watched = {name: role.watch_state() for name, role in self.roles.items() if role.trained}
+        return {"skipped": dict(self.skipped), "watched": watched}
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped = Counter(state["skipped"])
+        for name, watched in state["watched"].items():
+            self.roles[name].load_watch_state(watched)
 
     def saved(self) -> None:
         pass

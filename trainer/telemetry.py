@@ -15,7 +15,8 @@ from trainer.distributed import World, mean_over_ranks
 KEYS = (
     "step images_seen time step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu "
     "loss/fake_score loss/gan_generator loss/gan_head grad_norm/generator grad_norm/fake_score "
-    "lr/generator lr/fake_score target_node mismatch skipped_samples"
+    "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch sample_spread "
+    "skipped_samples skipped_updates"
 ).split()
 # Dense bf16 peaks from the makers' data sheets, TFLOP/s; a device that is not listed has no MFU.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A40": 149.7, "V100": 125.0}

@@ -1,0 +1,39 @@
+"""AdamW that leaves out an update whose gradient is not finite."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.distributed import World
+from trainer.schedules import OptimizerSettings
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW; an update is left out, on all ranks alike, if any rank's gradient has a NaN or an infinity.
+
+    One bad sample would otherwise put NaN into weights and moments, and the run would be lost. The decision stays on
+    the device: the fused kernel takes a flag, so that nothing is waited for. (DeepSpeed has such a check for some
+    stages and precisions only.) skipped: the number of updates left out, a scalar on the device.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], settings: OptimizerSettings, world: World):
+        super().__init__(
+            parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.world = world
+        self.skipped = torch.zeros((), device=world.device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        bad = (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float().to(self.world.device)
+        if self.world.size > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        self.found_inf: Tensor = bad
+        self.skipped += bad
+        super().step(closure)
