@@ -38,6 +38,9 @@ def test_two_ranks_train_as_one(plain, double, stage):
     other = support.metrics(double / f"two-{stage}" / "backtrack")
     assert [line["target_node"] for line in other] == [line["target_node"] for line in lines]
     for mine, theirs in zip(lines, other, strict=True):
+        if mine["mismatch"] is None:  # the line of a target switch: what costs a look at the device is not in it
+            assert theirs["mismatch"] is None and mine["target_node"] is not None
+            continue
         for key in ("loss/fake_score", "mismatch", "grad_norm/generator", "grad_norm/fake_score", "lr/generator"):
             assert theirs[key] == pytest.approx(mine[key], rel=2e-3), key
 
