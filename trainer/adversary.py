@@ -1,5 +1,6 @@
 """The GAN term in backtracking: what is real, what is noised how, and the two losses (see models.gan)."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -39,12 +40,11 @@ class Adversary:
         if self.settings.shared_pass:
             fake, logits = judged(net, self.schedule.add_noise(leaf, eps, t), t, cond, "aside")
         else:
+            with torch.no_grad():
+                fake = predict(self.fake_score, self.schedule.add_noise(x0, eps, t), t, cond)
             x_t, own_t = self._noised(leaf, "gan", step, index)
             _, logits = judged(net, x_t, own_t, cond, "only")
-        gradient, loss = generator_gradient(logits, leaf, self.settings.generator_weight)
-        if not self.settings.shared_pass:
-            fake = predict(net, self.schedule.add_noise(x0, eps, t), t, cond)
-        return fake, gradient, loss
+        return fake, *generator_gradient(logits, leaf, self.settings.generator_weight)
 
     def update_loss(
         self,
