@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
 from models.diffusion import Schedule
@@ -127,8 +127,40 @@ def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler:
     )
 
 
-def write_one_step_pipeline(source: Path, unet: Path, timestep: int, out: Path, note: dict) -> None:
-    """Writes a pipeline folder with the UNet of the folder `unet`, all else from `source`, for one step at `timestep`.
+def student_scheduler(source: Path, timesteps: tuple[int, ...]) -> DDIMScheduler | LCMScheduler:
+    """The scheduler that a plain diffusers pipeline samples a student with.
+
+    Several steps are those of a consistency model: x0, fresh noise, the next timestep. `LCMScheduler` does that; its
+    configuration can hold evenly spaced timesteps t_j = t_0 - floor(j (t_0 + 1) / n), such as 999, 749, 499, 249, and no
+    others (`student_call` says which call is needed). Its boundary condition is switched off by a large
+    `timestep_scaling`: the student's x0 is the network's.
+    """
+    if len(timesteps) == 1:
+        return one_step_scheduler(source, timesteps[0])
+    config = json.loads((Path(source) / "scheduler" / "scheduler_config.json").read_text())
+    steps = timesteps[0] + 1
+    return LCMScheduler(
+        num_train_timesteps=steps,
+        original_inference_steps=steps,
+        trained_betas=DDIMScheduler.from_config(config).betas[:steps].tolist(),
+        prediction_type=config.get("prediction_type", "epsilon"),
+        timestep_scaling=1e6,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def student_call(scheduler: DDIMScheduler | LCMScheduler, timesteps: tuple[int, ...]) -> str:
+    """How a plain pipeline with this scheduler makes an image; `timesteps=` only if the scheduler cannot hold them."""
+    scheduler.set_timesteps(len(timesteps))
+    held = scheduler.timesteps.tolist() == list(timesteps)
+    how = f"num_inference_steps={len(timesteps)}" if held else f"timesteps={list(timesteps)}"
+    return f"pipe(prompt, {how}, guidance_scale=0.0)"
+
+
+def write_student_pipeline(source: Path, unet: Path, timesteps: tuple[int, ...], out: Path, note: dict) -> str:
+    """Writes a pipeline folder with the UNet of the folder `unet`, all else from `source`, that steps at `timesteps`.
+    Returns the call that makes an image with it.
 
     `note` is kept as disback.json. Atomic: an existing pipeline at `out` is replaced as a whole.
     """
@@ -137,9 +169,13 @@ def write_one_step_pipeline(source: Path, unet: Path, timestep: int, out: Path, 
     skip = shutil.ignore_patterns("unet", "scheduler", "*.bin", "*.ckpt", "*.onnx*", "*.msgpack", "*.fp16.safetensors")
     shutil.copytree(source, temporary, ignore=skip)
     shutil.copytree(unet, temporary / "unet")
-    one_step_scheduler(source, timestep).save_pretrained(temporary / "scheduler")
+    scheduler = student_scheduler(source, timesteps)
+    scheduler.save_pretrained(temporary / "scheduler")
     index = json.loads((temporary / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (temporary / NOTE).write_text(json.dumps({"conditioning_timestep": timestep, **note}, indent=2) + "\n")
+    call = student_call(scheduler, timesteps)
+    about = {"conditioning_timestep": timesteps[0], "timesteps": list(timesteps), "call": call, **note}
+    (temporary / NOTE).write_text(json.dumps(about, indent=2) + "\n")
     replace_folder(temporary, out)
+    return call

@@ -103,9 +103,9 @@ def _write(run: Run, source: Source, record: dict, shown: list[Tensor]) -> None:
     write_png(make_grid(enlarge(torch.stack(shown), sample.enlarge), 10, 2, pad_value=128), str(temporary / "grid.png"))
     used = {
         "evaluate": run.settings.evaluate.model_dump(),
-        "sampling_steps": 1 if source.timestep is not None else sample.steps,
+        "sampling_steps": len(source.timesteps) if source.timesteps else sample.steps,
     }
-    used["guidance_scale"] = None if source.timestep is not None else sample.guidance_scale
+    used["guidance_scale"] = None if source.timesteps else sample.guidance_scale
     (temporary / "settings.yaml").write_text(yaml.safe_dump(used, sort_keys=False))
     (temporary / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     replace_folder(temporary, folder)

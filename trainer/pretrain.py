@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from models.conditioning import image_time_ids
@@ -40,18 +39,12 @@ class Pretraining(TrainStage):
         self.flops = 3 * flops * self.micro * settings.accumulation
         self.ema = Ema(self.teacher.local(), settings.ema)
 
-    def _latents(self, images: Tensor, step: int, index: list[int]) -> Tensor:
-        """Scaled latents of images, drawn from the autoencoder's posterior."""
-        vae = self.sampler.vae
-        with torch.no_grad():
-            posterior = vae.encode(images.to(self.world.device, non_blocking=True)).latent_dist
-        eps = self.noise.normal("posterior", step, index, tuple(posterior.mean.shape[1:]))
-        return (posterior.mean + posterior.std * eps) * vae.config.scaling_factor
-
     def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         for batch in self.micro_batches(meters):
-            x0 = self._latents(batch.images, step, batch.index)
+            images = batch.images.to(self.world.device, non_blocking=True)
+            posterior = self.noise.normal("posterior", step, batch.index, self.sampler.latent_shape)
+            x0 = self.sampler.encode(images, posterior)
             resolution = self.run.settings.data.resolution
             time_ids = image_time_ids(batch.original_sizes, batch.crops, resolution).to(self.world.device)
             cond = self.sampler.text.encode(batch.captions, time_ids)
@@ -70,7 +63,7 @@ class Pretraining(TrainStage):
 
     def preview(self) -> Tensor:
         settings = self.run.settings.sample
-        z = self.preview_noise(self.sampler.latent_shape)
+        z = self.preview_noise(self.sampler.latent_shape).draw()
         with self.teacher.averaged(self.ema):
             images = self.sampler.many_steps(
                 self.teacher, self.preview_captions(), z, settings.steps, settings.guidance_scale

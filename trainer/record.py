@@ -9,11 +9,13 @@ from torch import Tensor
 
 from models.conditioning import Conditioning
 from models.flops import forward_flops
-from models.networks import denoising_loss, generate, predict
+from models.networks import denoising_loss, predict
 from models.pipeline import check_pipeline, weights_hash
+from models.student import Student
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
 from trainer.loop import train
+from trainer.passes import sample_passes
 from trainer.path import MANIFEST, Node, choose_nodes, file_hash, generator_hash, write_manifest
 from trainer.run import Run
 from trainer.runstate import step_name
@@ -36,16 +38,17 @@ class Recording(TrainStage):
         s = run.settings
         self.sampler = run.sampler(s.pipeline_folder)
         self.schedule = self.sampler.schedule
-        self.timestep = s.conditioning_timestep
+        self.student = Student(self.schedule, s.student_timesteps)
         self.generator = self.role("generator", s.start_folder, settings.teacher_ds_config)
         teacher_folder = s.pipeline_folder / "unet"
         self.fake_score = self.role("fake_score", teacher_folder, settings.ds_config, settings.optimizer)
         tokens = self.sampler.text.tokens
         flops = forward_flops(self.fake_score.config, self.sampler.latent_shape, tokens)
-        self.flops = 4 * flops * self.micro * settings.accumulation  # sample, forward, and a backward of two forwards
+        # The sample, a forward pass, and a backward pass of two.
+        self.flops = (sample_passes(len(s.student_timesteps)) + 3) * flops * self.micro * settings.accumulation
         teacher = weights_hash(teacher_folder)
         start = teacher if s.start_folder == teacher_folder else weights_hash(s.start_folder)
-        self.hashes = teacher, generator_hash(start, self.timestep)
+        self.hashes = teacher, generator_hash(start, self.student.timesteps)
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
         self.candidates = s.path_folder / "candidates"
         self.steps_kept: list[int] = []
@@ -62,11 +65,10 @@ class Recording(TrainStage):
         if self.world.main:
             self.candidates.mkdir(parents=True, exist_ok=True)
 
-    def _generate(self, captions: list[str], z: Tensor) -> tuple[Tensor, Conditioning]:
-        cond = self.sampler.text.encode(captions, self.sampler.resolution)
-        with torch.no_grad():
-            return generate(self.generator, z, cond, self.schedule, self.timestep), cond
+    def _encode(self, captions: list[str]) -> Conditioning:
+        return self.sampler.text.encode(captions, self.sampler.resolution)
 
+    @torch.no_grad()
     def _make_probe(self) -> list[tuple[Tensor, Tensor, Conditioning]]:
         """This rank's fixed (x_t, t, conditioning) of the probe, in micro-batches. The same set for every world size
         that divides it."""
@@ -76,7 +78,8 @@ class Recording(TrainStage):
         for low in range(first, first + mine, self.micro):
             index = list(range(low, min(low + self.micro, first + mine)))
             captions = [self.dataset[i % len(self.dataset)]["caption"] for i in index]
-            x0, cond = self._generate(captions, self.noise.normal("probe z", 0, index, shape))
+            cond = self._encode(captions)
+            x0 = self.student.every_step(self.generator, cond, self.noise, "probe z", index, shape)
             t = self.schedule.timesteps(self.noise.uniform("probe t", 0, index), 0.02, 0.98)
             eps = self.noise.normal("probe eps", 0, index, shape)
             parts.append((self.schedule.add_noise(x0, eps, t), t, cond))
@@ -94,7 +97,9 @@ class Recording(TrainStage):
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         shape = self.sampler.latent_shape
         for batch in self.micro_batches(meters):
-            x0, cond = self._generate(batch.captions, self.noise.normal("z", step, batch.index, shape))
+            cond = self._encode(batch.captions)
+            with torch.no_grad():
+                x0 = self.student.training_sample(self.generator, cond, self.noise, step, batch.index, shape)
             t = self.schedule.timesteps(self.noise.uniform("t", step, batch.index))
             eps = self.noise.normal("eps", step, batch.index, shape)
             loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
@@ -144,7 +149,7 @@ class Recording(TrainStage):
     def preview(self) -> Tensor | None:
         """What the fake score has become: samples of it, at teacher's settings."""
         settings = self.run.settings.sample
-        z = self.preview_noise(self.sampler.latent_shape)
+        z = self.preview_noise(self.sampler.latent_shape).draw()
         return self.grid(self.sampler.many_steps(self.fake_score, self.preview_captions(), z, settings.steps, 1.0))
 
     def state_dict(self) -> dict:
@@ -186,7 +191,7 @@ class Recording(TrainStage):
                 about = (str(file.relative_to(root)), file_hash(file), file.stat().st_size)
                 nodes.append(Node(index, self.steps_kept[i], *about, self.distances[i], gap))
         if self.world.main:
-            write_manifest(root, teacher, self.hashes, self.timestep, nodes)
+            write_manifest(root, teacher, self.hashes, self.student.timesteps, nodes)
             shutil.rmtree(self.candidates)
         barrier(self.world)
         return nodes

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from models.pipeline import NOTE, check_pipeline, load_unet
-from models.sampler import Sampler, image_noise
+from models.sampler import ImageNoise, Sampler
 from trainer.errors import UserError
 from trainer.run import Run
 from trainer.runstate import WEIGHTS
@@ -17,12 +17,12 @@ from trainer.runstate import WEIGHTS
 @dataclass(frozen=True)
 class Source:
     """name: for folders of results. unet: weights folder. pipeline: where text encoders, decoder and schedule are.
-    timestep: the conditioning timestep of a one-step generator, None for a diffusion model."""
+    timesteps: of a student's steps (one: the conditioning timestep), None for a diffusion model."""
 
     name: str
     unet: Path
     pipeline: Path
-    timestep: int | None
+    timesteps: tuple[int, ...] | None
 
     def open(self, run: Run) -> "OpenSource":
         check_pipeline(self.pipeline)
@@ -39,16 +39,16 @@ class OpenSource:
 
     def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
         """uint8 images [B, 3, H, W]; image i is a function of its caption and seed + i."""
-        z = image_noise(seed, indices, self.sampler.latent_shape, self.run.world.device)
-        if self.source.timestep is not None:
-            return self.sampler.one_step(self.unet, captions, z, self.source.timestep)
+        noise = ImageNoise(seed, indices, self.sampler.latent_shape, self.run.world.device)
+        if self.source.timesteps is not None:
+            return self.sampler.student(self.unet, captions, noise, self.source.timesteps)
         settings = self.run.settings.sample
-        return self.sampler.many_steps(self.unet, captions, z, settings.steps, settings.guidance_scale)
+        return self.sampler.many_steps(self.unet, captions, noise.draw(), settings.steps, settings.guidance_scale)
 
 
 def find_source(run: Run, what: str) -> Source:
     """The source that a user names. Raises UserError if there is no such thing."""
-    settings, timestep = run.settings, run.settings.conditioning_timestep
+    settings, timesteps = run.settings, run.settings.student_timesteps
     if what == "generator":
         folder = run.folder / "generator"
         if not (folder / "model_index.json").exists():
@@ -59,17 +59,17 @@ def find_source(run: Run, what: str) -> Source:
     if what == "teacher":
         return Source("teacher", settings.pipeline_folder / "unet", settings.pipeline_folder, None)
     if what == "start":
-        return Source("start", settings.start_folder, settings.pipeline_folder, timestep)
+        return Source("start", settings.start_folder, settings.pipeline_folder, timesteps)
     checkpoint = run.folder / "backtrack" / "checkpoints" / what / WEIGHTS
     if checkpoint.is_dir():
-        return Source(what, checkpoint, settings.pipeline_folder, timestep)
+        return Source(what, checkpoint, settings.pipeline_folder, timesteps)
     folder = Path(what)
     if (folder / "model_index.json").exists():
         return _pipeline(folder, folder.resolve().name)
     if (folder / WEIGHTS / "config.json").exists():  # a checkpoint by its path
-        return Source(folder.resolve().name, folder / WEIGHTS, settings.pipeline_folder, timestep)
+        return Source(folder.resolve().name, folder / WEIGHTS, settings.pipeline_folder, timesteps)
     if (folder / "config.json").exists():
-        return Source(folder.resolve().name, folder, settings.pipeline_folder, timestep)
+        return Source(folder.resolve().name, folder, settings.pipeline_folder, timesteps)
     known = sorted(p.parent.name for p in (run.folder / "backtrack" / "checkpoints").glob(f"step-*/{WEIGHTS}"))
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'none there'}), a "
@@ -79,5 +79,5 @@ def find_source(run: Run, what: str) -> Source:
 
 def _pipeline(folder: Path, name: str) -> Source:
     note = folder / NOTE
-    timestep = json.loads(note.read_text()).get("conditioning_timestep") if note.exists() else None
-    return Source(name, folder / "unet", folder, timestep)
+    timesteps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
+    return Source(name, folder / "unet", folder, tuple(timesteps) if timesteps else None)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
 from models.pipeline import load_unet
-from models.sampler import image_noise
+from models.sampler import ImageNoise
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
 from trainer.run import Run
@@ -42,13 +42,25 @@ class TrainStage:
         self.identity = {f"{name}.{k}": v for k, v in private.items()}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
-    def role(self, name: str, folder: Path, ds_config: str, optimizer: OptimizerSettings | None = None) -> Role:
+    def role(
+        self,
+        name: str,
+        folder: Path,
+        ds_config: str,
+        optimizer: OptimizerSettings | None = None,
+        split: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+    ) -> Role:
         """The network of a weights folder as a role under DeepSpeed: trained with an optimizer's settings, frozen
-        without."""
+        without.
+
+        split: pieces that a micro-batch is cut into for this role's training. wrap: what is made of the loaded network,
+        such as a Discriminator.
+        """
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
-        precision = self.run.settings.precision
-        config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, precision, self.world)
-        self.roles[name] = role = Role(name, load_unet(folder), config, self.world, optimizer)
+        micro, accumulation = self.micro // split, settings.accumulation * split
+        config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world)
+        self.roles[name] = role = Role(name, wrap(load_unet(folder)), config, self.world, optimizer)
         return role
 
     def begin(self, step: int) -> None:
@@ -74,8 +86,8 @@ class TrainStage:
             return [prompts[i % len(prompts)] for i in range(PREVIEW)]
         return [self.dataset[i % len(self.dataset)]["caption"] for i in range(PREVIEW)]
 
-    def preview_noise(self, shape: tuple[int, int, int]) -> Tensor:
-        return image_noise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
+    def preview_noise(self, shape: tuple[int, int, int]) -> ImageNoise:
+        return ImageNoise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
 
     def grid(self, images: Tensor) -> Tensor:
         """uint8 images [N, 3, H, W] to one grid [3, H', W'], small images enlarged without smoothing."""
