@@ -160,8 +160,7 @@ class Backtracking(TrainStage):
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
-            with self.generator.averaged(self.ema):
-                state = self.generator.state_dict()
+            state = self.generator.state_dict(self.ema, self.run.dtype)
             if state is not None:
                 save_folder(state, self.generator.config, folder, self.run.dtype)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
-from models.pipeline import load_unet
+from models.pipeline import empty_unet
 from models.sampler import image_noise
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
@@ -48,7 +48,10 @@ class TrainStage:
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
         precision = self.run.settings.precision
         config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, precision, self.world)
-        self.roles[name] = role = Role(name, load_unet(folder), config, self.world, optimizer)
+        network = empty_unet(folder)
+        if self.run.settings.network.checkpointing and optimizer:
+            network.enable_gradient_checkpointing()
+        self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder)
         return role
 
     def begin(self, step: int) -> None:
