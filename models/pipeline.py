@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
@@ -45,6 +46,17 @@ def _load_strict(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The UNet of a weights folder, every key matched. Raises ModelError."""
     return _load_strict(UNet2DConditionModel, Path(folder), dtype)
+
+
+def empty_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a weights folder without weights: parameters on the meta device, buffers as they are computed. It
+    takes no memory; `trainer.weights.load_folder` fills it. Raises ModelError."""
+    try:
+        config = UNet2DConditionModel.load_config(folder)
+        with init_empty_weights(include_buffers=False):
+            return UNet2DConditionModel.from_config(config)
+    except Exception as error:  # OSError, ValueError, TypeError: as in _load_strict
+        raise ModelError(f"{folder}: not the folder of a UNet2DConditionModel: {error}") from error
 
 
 def load_vae(pipeline: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

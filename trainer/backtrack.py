@@ -69,7 +69,11 @@ class Backtracking(TrainStage):
             "generator", s.start_folder, settings.generator_ds_config, settings.generator, settings.generator_split
         )
         self.fake_score = self.role(
-            "fake_score", far, settings.fake_score_ds_config, settings.fake_score, wrap=self._with_head
+            "fake_score",
+            far,
+            settings.fake_score_ds_config,
+            settings.fake_score,
+            wrap=self._with_head if s.gan.enabled else None,
         )
         self.gan = Adversary(s.gan, self.fake_score, self.sampler, self.noise) if s.gan.enabled else None
         self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
@@ -84,8 +88,7 @@ class Backtracking(TrainStage):
         self.identity |= {f"gan.{k}": v for k, v in s.gan.model_dump(mode="json").items()}
 
     def _with_head(self, network: nn.Module) -> nn.Module:
-        settings = self.run.settings
-        return Discriminator(network, self.sampler.latent_shape, settings.seed) if settings.gan.enabled else network
+        return Discriminator(network, self.sampler.latent_shape, self.run.settings.seed)
 
     def _flops(self) -> float:
         """FLOP of an average step and rank."""
@@ -208,8 +211,7 @@ class Backtracking(TrainStage):
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
-            with self.generator.averaged(self.ema):
-                state = self.generator.state_dict()
+            state = self.generator.state_dict(self.ema, self.run.dtype)
             if state is not None:
                 save_folder(state, self.generator.config, folder, self.run.dtype)
 

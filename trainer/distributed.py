@@ -143,6 +143,31 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
+def first_problem(problem: str | None, world: World) -> str | None:
+    """The first rank's problem, if any rank has one, on every rank: so that all raise it together and none is left
+    waiting. Waits for every rank: not for every step."""
+    if world.size == 1:
+        return problem
+    problems: list[str | None] = [None] * world.size
+    dist.all_gather_object(problems, problem)
+    return next((p for p in problems if p), None)
+
+
+def node_group(world: World) -> dist.ProcessGroup:
+    """The group of this node's processes. A node is a run of ranks whose local ranks count up from 0, as every launcher
+    numbers them. Every rank must call it, the same number of times."""
+    locals_: list[int] = [0] * world.size
+    dist.all_gather_object(locals_, world.local_rank)
+    starts = [rank for rank, local in enumerate(locals_) if local == 0]
+    nodes = [list(range(a, b)) for a, b in zip(starts, [*starts[1:], world.size], strict=True)]
+    if any([locals_[rank] for rank in node] != list(range(len(node))) for node in nodes):
+        raise UserError(
+            f"local ranks {locals_} do not count up from 0 on each node: teacher_node cannot tell the nodes"
+        )
+    groups = [dist.new_group(node) for node in nodes]  # every rank makes every group
+    return next(group for node, group in zip(nodes, groups, strict=True) if world.rank in node)
+
+
 def from_main(value: object, world: World) -> object:
     """Rank 0's value of a small picklable object, on every rank."""
     if world.size == 1:

@@ -72,8 +72,7 @@ class Pretraining(TrainStage):
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
-            with self.teacher.averaged(self.ema):
-                state = self.teacher.state_dict()
+            state = self.teacher.state_dict(self.ema, self.run.dtype)
             if state is not None:
                 save_folder(state, self.teacher.config, folder, self.run.dtype)
 

@@ -1,8 +1,10 @@
 """`disback record`: stage 1, degradation recording (DisBack, algorithm 1)."""
 
+import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,19 +12,21 @@ from torch import Tensor
 from models.conditioning import Conditioning
 from models.flops import forward_flops
 from models.networks import denoising_loss, predict
-from models.pipeline import check_pipeline, weights_hash
+from models.pipeline import WEIGHTS_FILE, check_pipeline, weights_hash
 from models.student import Student
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
+from trainer.errors import UserError
 from trainer.loop import train
 from trainer.passes import sample_passes
-from trainer.path import MANIFEST, Node, choose_nodes, file_hash, generator_hash, write_manifest
+from trainer.path import MANIFEST, Node, choose_nodes, generator_hash, write_manifest
 from trainer.run import Run
 from trainer.runstate import step_name
 from trainer.schedules import learning_rate
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
-from trainer.weights import save_folder
+from trainer.weights import ABOUT
+from trainer.writer import FolderWriter
 
 
 class Recording(TrainStage):
@@ -51,6 +55,7 @@ class Recording(TrainStage):
         self.hashes = teacher, generator_hash(start, self.student.timesteps)
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
         self.candidates = s.path_folder / "candidates"
+        self.writer = FolderWriter(run.world)
         self.steps_kept: list[int] = []
         self.distances: list[float] = []
         self.predictions: list[Tensor] = []  # of the candidates, on this rank's probe samples
@@ -128,9 +133,9 @@ class Recording(TrainStage):
             and self.distance - before <= self.distance / (2 * settings.nodes)
         ):
             return
-        state = self.fake_score.state_dict()
+        state = self.fake_score.state_dict(dtype=torch.bfloat16)
         if state is not None:
-            save_folder(state, self.fake_score.config, self.candidates / step_name(step), torch.bfloat16)
+            self.writer.begin(state, self.fake_score.config, self.candidates / step_name(step), {"step": step})
         self.steps_kept.append(step)
         self.distances.append(self.distance)
         self.predictions.append(prediction.cpu())
@@ -153,6 +158,7 @@ class Recording(TrainStage):
         return self.grid(self.sampler.many_steps(self.fake_score, self.preview_captions(), z, settings.steps, 1.0))
 
     def state_dict(self) -> dict:
+        self.writer.join()  # a checkpoint names only candidates that are on the disk
         own = ("steps_kept", "distances", "predictions", "origin", "distance")
         return super().state_dict() | {name: getattr(self, name) for name in own}
 
@@ -171,6 +177,10 @@ class Recording(TrainStage):
                 if folder.name not in kept:
                     shutil.rmtree(folder)
 
+    def close(self) -> None:
+        super().close()
+        self.writer.close()
+
     def finish(self) -> list[Node]:
         """Turns the chosen candidates into nodes and writes the manifest."""
         root = self.candidates.parent
@@ -184,17 +194,25 @@ class Recording(TrainStage):
             gap = self._between(self.predictions[i].to(self.world.device), before.to(self.world.device))
             before = self.predictions[i]
             if self.world.main:
-                target = root / f"node-{index:04d}"
-                shutil.rmtree(target, ignore_errors=True)
-                shutil.copytree(self.candidates / step_name(self.steps_kept[i]), target)
-                file = next(target.glob("*.safetensors"))
-                about = (str(file.relative_to(root)), file_hash(file), file.stat().st_size)
+                about = _move(self.candidates / step_name(self.steps_kept[i]), root / f"node-{index:04d}")
                 nodes.append(Node(index, self.steps_kept[i], *about, self.distances[i], gap))
         if self.world.main:
             write_manifest(root, teacher, self.hashes, self.student.timesteps, nodes)
             shutil.rmtree(self.candidates)
         barrier(self.world)
         return nodes
+
+
+def _move(candidate: Path, node: Path) -> tuple[str, str, int]:
+    """Renames a candidate to a node, unless an earlier, killed attempt did; returns its weights file (relative to the
+    path's folder), that file's sha256, and its size in bytes, as they were when it was written."""
+    if candidate.exists():
+        shutil.rmtree(node, ignore_errors=True)
+        os.replace(candidate, node)
+    about = json.loads((node / ABOUT).read_text()) if (node / ABOUT).exists() else {"step": -1}
+    if step_name(about["step"]) != candidate.name:
+        raise UserError(f"{candidate} is missing: remove {node.parent} and record again")
+    return f"{node.name}/{WEIGHTS_FILE}", about["sha256"], about["bytes"]
 
 
 def record(run: Run) -> None:

@@ -29,6 +29,13 @@ class TrainSettings(Strict):
     loop: LoopSettings = LoopSettings()
 
 
+class NetworkSettings(Strict):
+    """How networks are computed. checkpointing: trained networks keep the inputs of their blocks only and compute the
+    rest again in the backward pass: about a third more time, several times less memory for activations."""
+
+    checkpointing: bool = False
+
+
 class AutoencoderSettings(TrainSettings):
     """Training of the miniature's autoencoder. kl: weight of the KL term a latent element; it keeps latents near unit
     scale and centred."""
@@ -161,6 +168,7 @@ class RunSettings(Strict):
     path: str = ""
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
+    network: NetworkSettings = NetworkSettings()
     data: DataConfig = DataConfig()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
-from models.pipeline import load_unet
+from models.pipeline import empty_unet
 from models.sampler import ImageNoise
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
@@ -49,7 +49,7 @@ class TrainStage:
         ds_config: str,
         optimizer: OptimizerSettings | None = None,
         split: int = 1,
-        wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
     ) -> Role:
         """The network of a weights folder as a role under DeepSpeed: trained with an optimizer's settings, frozen
         without.
@@ -60,7 +60,10 @@ class TrainStage:
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
         micro, accumulation = self.micro // split, settings.accumulation * split
         config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world)
-        self.roles[name] = role = Role(name, wrap(load_unet(folder)), config, self.world, optimizer)
+        network = empty_unet(folder)
+        if self.run.settings.network.checkpointing and optimizer:
+            network.enable_gradient_checkpointing()
+        self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder, wrap)
         return role
 
     def begin(self, step: int) -> None:
