@@ -1,21 +1,31 @@
 """Scenarios for several processes; started by torchrun from the tests. Usage: ranks.py SCENARIO ROOT."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import support
+import torch
+import torch.distributed as dist
 
+from models.conditioning import Conditioning
+from models.networks import predict
+from models.pipeline import empty_unet, load_unet
 from trainer.distributed import barrier, finish, start
+from trainer.engines import Role, deepspeed_config
 from trainer.quiet import no_progress_bars
 from trainer.record import record
 from trainer.run import Run
+from trainer.target import ReadAhead
 
 
 def parity(root, world):
-    """Backtracking at every ZeRO stage, with two ranks; the weights go to root/parity/."""
+    """Backtracking at every ZeRO stage, with two ranks and recomputed activations; the weights go to root/parity/."""
     for stage in ("zero0", "zero1", "zero2", "zero3", support.sharded_zero3(root / "parity")):
         label = Path(stage).stem
-        run = support.single(root, f"two-{label}", world, *support.PARITY, *support.zero(stage))
+        flags = (*support.PARITY, *support.zero(stage), "network.checkpointing=true")
+        run = support.single(root, f"two-{label}", world, *flags)
         support.save(support.backtrack_weights(run), root / "parity" / f"{label}.pt", world)
 
 
@@ -45,6 +55,56 @@ def recording(root, world):
     stage = support.sharded_zero3(root / "recording")
     flags = (f"record.ds_config={stage}", f"record.teacher_ds_config={stage}", f"path={root / 'recording' / 'two'}")
     record(Run(support.tiny(root, "recording-two", *support.RECORDING, *flags), world))
+
+
+def four(root, world):
+    """Four ranks as two nodes of two: backtracking at ZeRO 1, and at ZeRO 3 with a teacher sharded within each node."""
+    world = dataclasses.replace(world, local_rank=world.rank % 2)
+    within = root / "four" / "within.json"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    within.write_text(json.dumps({"shard_within_node": True, "zero_optimization": zero}))
+    barrier(world)
+    for stage in ("zero1", support.sharded_zero3(root / "four")):
+        label = Path(stage).stem
+        flags = (*support.PARITY, *support.zero(stage), f"backtrack.teacher_ds_config={within}")
+        run = support.single(root, f"four-{label}", world, *flags)
+        support.save(support.backtrack_weights(run), root / "four" / f"{label}.pt", world)
+    folder = root / "base" / "pipeline" / "unet"
+    config = deepspeed_config("teacher_node", 1, 1, 0.0, "fp32", world)
+    teacher = Role("teacher", empty_unet(folder), config, world, folder=folder)
+    for s in teacher.weights.slices:
+        assert s.size == 2 and s.end - s.start <= s.piece == -(-s.numel // 2)
+        assert dist.get_process_group_ranks(s.group) == [world.rank // 2 * 2, world.rank // 2 * 2 + 1]
+
+
+def switches(root, world):
+    """A hundred target switches of a teacher that is sharded in part: what is gathered at the time of a switch must not
+    survive it."""
+    path, teacher = root / "base" / "path", root / "base" / "pipeline" / "unet"
+    folders = [teacher, *(path / f"node-{i:04d}" for i in (1, 2, 3))]
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 4, 4, 4, generator=generator), torch.tensor([10, 700])
+    cond = Conditioning(
+        torch.randn(2, 16, 16, generator=generator), torch.randn(2, 16, generator=generator), torch.ones(2, 6)
+    )
+    with torch.no_grad():
+        expected = [predict(load_unet(folder).eval(), x, t, cond) for folder in folders]
+    for threshold in (0, 20, 300, 10**9):
+        file = root / "switches" / f"threshold-{threshold}.json"
+        zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        config = deepspeed_config(str(file), 2, 1, 0.0, "fp32", world)
+        role = Role("teacher", empty_unet(teacher), config, world, folder=teacher)
+        reader = ReadAhead(role.weights, pinned=False)
+        for step in range(25):
+            node = step % 4
+            role.weights.write(reader.take(folders[node]))
+            reader.written()
+            reader.begin(folders[(step + (1 if step % 3 else 2)) % 4])  # right two times of three
+            for _ in range(step % 3):
+                with torch.no_grad():
+                    assert torch.allclose(predict(role, x, t, cond), expected[node], atol=1e-6), (threshold, step)
+        reader.close()
 
 
 if __name__ == "__main__":

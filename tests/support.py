@@ -114,9 +114,9 @@ def verb(name: str, *arguments: str, cwd: Path | None = None, **env: str) -> sub
     return subprocess.run(call, capture_output=True, text=True, env=environment() | env, cwd=cwd, timeout=600)
 
 
-def two_ranks(scenario: str, root: Path) -> None:
-    """Runs a scenario of tests/ranks.py in two processes; raises with their output if it fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def two_ranks(scenario: str, root: Path, ranks: int = 2) -> None:
+    """Runs a scenario of tests/ranks.py in two processes, or more; raises with their output if it fails."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     call = [*launcher, str(REPOSITORY / "tests" / "ranks.py"), scenario, str(root)]
     done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

@@ -120,3 +120,8 @@ def test_offloaded_states_train_the_same(plain, root, world, stage):
     flags = [f"backtrack.{role}_ds_config={stage}" for role in ("generator", "fake_score")]
     run = support.single(root, f"offload-{stage}", world, *support.PARITY, "backtrack.steps=4", *flags)
     assert support.largest_difference(plain, support.backtrack_weights(run)) < 1e-6
+
+
+@pytest.mark.slow
+def test_many_switches_on_two_ranks(root):
+    support.two_ranks("switches", root)

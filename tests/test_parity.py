@@ -45,6 +45,25 @@ def test_two_ranks_train_as_one(plain, double, stage):
             assert theirs[key] == pytest.approx(mine[key], rel=2e-3), key
 
 
+@pytest.fixture(scope="module")
+def fourfold(root):
+    support.two_ranks("four", root, ranks=4)
+    return root / "four"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero1", "sharded"])
+def test_four_ranks_on_two_nodes_train_as_one(plain, fourfold, stage):
+    assert support.largest_difference(plain[0], torch.load(fourfold / f"{stage}.pt")) < 1e-5
+
+
+def test_bfloat16_has_the_losses_of_float32(plain, root, world):
+    run = support.single(root, "one-bf16", world, *support.PARITY, *support.zero("zero1"), "precision=bf16")
+    support.backtrack_weights(run)
+    for mine, theirs in zip(plain[1], support.metrics(run.folder / "backtrack"), strict=True):
+        assert theirs["loss/fake_score"] == pytest.approx(mine["loss/fake_score"], rel=0.02)
+
+
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "sharded"])
 def test_zero_stages_agree_in_one_process(plain, root, world, stage, tmp_path):
     name = support.sharded_zero3(tmp_path) if stage == "sharded" else stage
