@@ -28,6 +28,33 @@ class TrainSettings(Strict):
     loop: LoopSettings = LoopSettings()
 
 
+class NetworkSettings(Strict):
+    """How networks compute. checkpointing: activations are computed again in the backward pass instead of kept."""
+
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
+    checkpointing: bool = False
+
+
+class GanSettings(Strict):
+    """The adversarial term of DMD2. generator_weight, head_weight: of the two losses. timesteps: range of the noise on
+    what the head sees, as shares of the schedule. shared_pass: fake features come from passes that are made anyway."""
+
+    enabled: bool = False
+    generator_weight: float = Field(5e-3, ge=0)
+    head_weight: float = Field(1e-2, ge=0)
+    timesteps: tuple[float, float] = (0.0, 1.0)
+    shared_pass: bool = True
+
+
+class LoraSettings(Strict):
+    """Low-rank training of generator and fake score. rank: 0 trains all weights. alpha: null is the rank. targets: names
+    of the layers that get matrices."""
+
+    rank: int = Field(0, ge=0)
+    alpha: float | None = None
+    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
 class AutoencoderSettings(TrainSettings):
     """Training of the miniature's autoencoder. kl: weight of the KL term a latent element; it keeps latents near unit
     scale and centred."""
@@ -73,7 +100,9 @@ class RecordSettings(TrainSettings):
 class BacktrackSettings(TrainSettings):
     """Stage 2. path: "walk" is the method, "warm" starts the fake score at the far node but keeps the teacher as the
     target, "none" is plain distillation. fake_updates: fake-score updates a generator update; a step is one fake-score
-    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones."""
+    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones.
+    student_timesteps: of a generator with several steps; empty: one step at the conditioning timestep. generator_split:
+    pieces that a micro-batch is cut into for the generator's turn."""
 
     steps: int = Field(24_000, ge=1)
     batch: int = Field(128, ge=1)
@@ -82,6 +111,8 @@ class BacktrackSettings(TrainSettings):
     walk: WalkSettings = WalkSettings()
     fake_updates: int = Field(5, ge=1)
     reuse_x0: bool = False
+    student_timesteps: list[int] = []
+    generator_split: int = Field(1, ge=1)
     guidance_scale: float = 8.0
     timesteps: tuple[float, float] = (0.02, 0.98)
     generator: OptimizerSettings = OptimizerSettings(lr=5e-7)
@@ -149,6 +180,9 @@ class RunSettings(Strict):
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
     data: DataConfig = DataConfig()
+    network: NetworkSettings = NetworkSettings()
+    gan: GanSettings = GanSettings()
+    lora: LoraSettings = LoraSettings()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()
     backtrack: BacktrackSettings = BacktrackSettings()
