@@ -8,6 +8,7 @@ from trainer.version import VERSION
 VERBS = {
     "shards": "build, index and validate WebDataset shards",
     "pretrain": "train or fine-tune a teacher on shards",
+    "plan": "memory, disk and time of a run, before any weight is loaded",
     "record": "stage 1: record the degradation path",
     "backtrack": "stage 2: distil a one-step generator along the path",
     "sample": "prompts to images",

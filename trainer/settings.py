@@ -36,6 +36,15 @@ class NetworkSettings(Strict):
     checkpointing: bool = False
 
 
+class LoraSettings(Strict):
+    """Low-rank training of generator and fake score: `plan` counts it, training with it is refused for now. rank: 0 trains
+    all weights. alpha: null is the rank. targets: names of the layers that get matrices."""
+
+    rank: int = Field(0, ge=0)
+    alpha: float | None = None
+    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
 class AutoencoderSettings(TrainSettings):
     """Training of the miniature's autoencoder. kl: weight of the KL term a latent element; it keeps latents near unit
     scale and centred."""
@@ -170,6 +179,7 @@ class RunSettings(Strict):
     conditioning_timestep: int = Field(399, ge=1)
     network: NetworkSettings = NetworkSettings()
     data: DataConfig = DataConfig()
+    lora: LoraSettings = LoraSettings()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()
     backtrack: BacktrackSettings = BacktrackSettings()

@@ -14,6 +14,7 @@ from models.pipeline import empty_unet
 from models.sampler import ImageNoise
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
+from trainer.errors import UserError
 from trainer.run import Run
 from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
@@ -29,6 +30,8 @@ class TrainStage:
 
     def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
+        if run.settings.lora.rank:
+            raise UserError(f"lora.rank={run.settings.lora.rank}: {name} trains all weights only: set lora.rank=0")
         self.steps, self.batch = settings.steps, settings.batch
         self.micro = micro_batch(settings.batch, settings.accumulation, run.world, where or name)
         self.dataset = run.dataset("train", ("image", "caption") if images else ("caption",))
