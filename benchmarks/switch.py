@@ -58,7 +58,7 @@ def measure(root: Path, world: World, name: str) -> float:
     trained = deepspeed_config("zero2", 1, 1, 0.0, "fp32", world)
     teacher = Role("teacher", empty_unet(root / "one"), frozen, world, folder=root / "one")
     student = Role("generator", empty_unet(root / "one"), trained, world, OptimizerSettings(lr=1e-6), root / "one")
-    reader = ReadAhead(teacher.weights, pinned=world.device.type == "cuda")
+    reader = ReadAhead(teacher.weights, world.device)
 
     def timed(call) -> float:
         barrier(world)

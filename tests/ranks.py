@@ -8,10 +8,12 @@ from pathlib import Path
 import support
 import torch
 import torch.distributed as dist
+from diffusers import UNet2DConditionModel
 
+from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from models.conditioning import Conditioning
 from models.networks import predict
-from models.pipeline import empty_unet, load_unet
+from models.pipeline import WEIGHTS_FILE, empty_unet, load_unet
 from trainer.distributed import barrier, finish, start
 from trainer.engines import Role, deepspeed_config
 from trainer.quiet import no_progress_bars
@@ -95,7 +97,7 @@ def switches(root, world):
         file.write_text(json.dumps({"zero_optimization": zero}))
         config = deepspeed_config(str(file), 2, 1, 0.0, "fp32", world)
         role = Role("teacher", empty_unet(teacher), config, world, folder=teacher)
-        reader = ReadAhead(role.weights, pinned=False)
+        reader = ReadAhead(role.weights, world.device)
         for step in range(25):
             node = step % 4
             role.weights.write(reader.take(folders[node]))
@@ -105,6 +107,30 @@ def switches(root, world):
                 with torch.no_grad():
                     assert torch.allclose(predict(role, x, t, cond), expected[node], atol=1e-6), (threshold, step)
         reader.close()
+
+
+def loading(root, world):
+    """A network of 300 MB is loaded at ZeRO-3: the host memory of each of two ranks grows by half of it and a little."""
+    folder, small = root / "loading" / "unet", root / "loading" / "small"
+    if world.main:
+        heads = {"attention_head_dim": 8, "cross_attention_dim": 64, "norm_num_groups": 8}
+        for channels, out in (((96, 192, 384, 384), folder), ((8, 8, 8, 8), small)):
+            UNet2DConditionModel(sample_size=8, block_out_channels=channels, **heads).save_pretrained(out)
+    barrier(world)
+    config = deepspeed_config(support.sharded_zero3(root / "loading"), 1, 1, 0.0, "fp32", world)
+    Role("teacher", empty_unet(small), config, world, folder=small)  # what libraries take at their first use
+    size = (folder / WEIGHTS_FILE).stat().st_size
+    assert size > 200e6
+    before = resident_bytes()
+    reset_peak()
+    role = Role("teacher", empty_unet(folder), config, world, folder=folder)
+    growth = (peak_bytes() - before) / size
+    assert sum(t.numel() for t in role.local()) * 4 < 0.51 * size
+    assert growth < 0.75, growth
+    before = resident_bytes()
+    reset_peak()
+    load_unet(folder)
+    assert (peak_bytes() - before) / size > 0.9  # the measure sees what is held
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ class ReadAhead:
     """Reads this rank's part of weights folders in a background thread, into one host buffer in the live dtype (pinned
     on a GPU): at most one folder is in memory, and a switch is left with a copy to the device."""
 
-    def __init__(self, weights: Weights, pinned: bool):
-        self.weights, self.pinned = weights, pinned
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="node-reader")
+    def __init__(self, weights: Weights, device: torch.device):
+        self.weights, self.pinned = weights, device.type == "cuda"
+        # A thread begins on the first GPU, and pinning there would open a context on it.
+        begin = (torch.cuda.set_device, (device,)) if self.pinned else (None, ())
+        self._thread = ThreadPoolExecutor(1, "node-reader", *begin)
         self._buffers: list[Tensor] | None = None
         self._copied: torch.cuda.Event | None = None  # behind the copies to the device of what was in the buffer before
         self._ahead: tuple[Path, Future] | None = None
@@ -72,7 +74,7 @@ class Target:
         self.first: float | None = None
         self.sum: Tensor | float = 0.0
         self.count = 0
-        self._reader = ReadAhead(teacher.weights, pinned=teacher.world.device.type == "cuda")
+        self._reader = ReadAhead(teacher.weights, teacher.world.device)
 
     def wanted(self, update: int) -> int:
         """The node that is the target at a generator update."""
