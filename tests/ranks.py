@@ -52,6 +52,18 @@ def poison(root, world):
         support.save(poisoned(run, (1,), rank=1), root / "poison" / f"{stage}.pt", world)
 
 
+def gan(root, world):
+    """Backtracking with the GAN term: shared passes and passes of its own."""
+    from test_gan import GAN_STAGES, gan_flags
+
+    sharded = support.sharded_zero3(root / "gan")
+    for shared, labels in GAN_STAGES.items():
+        for label in labels:
+            stage = sharded if label == "sharded" else label
+            run = support.single(root, f"gan-{label}-{shared}", world, *gan_flags(shared), *support.zero(stage))
+            support.save(support.backtrack_weights(run), root / "gan" / f"{label}-{shared}.pt", world)
+
+
 def recording(root, world):
     """Stage 1 with two ranks at sharded ZeRO-3."""
     stage = support.sharded_zero3(root / "recording")
