@@ -162,9 +162,8 @@ def _cost(key, latent_shape, tokens, dtype, checkpointing, rank, targets, fused)
         parameter.register_post_accumulate_grad_hook(_drop)
     with torch.device("meta"), fused_attention() if fused else nullcontext():
         args, kwargs = inputs(unet, 1, latent_shape, tokens)
-        with torch.no_grad():
-            with FlopCounterMode(display=False) as counter, Live(parameters) as quiet:
-                unet(*args, **kwargs)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, Live(parameters) as quiet:
+            unet(*args, **kwargs)
         saved, at_middle = Saved(parameters), []
         handle = unet.mid_block.register_forward_hook(lambda *_: at_middle.append(saved.bytes))
         with FlopCounterMode(display=False) as both, Live(parameters) as live:
