@@ -123,10 +123,12 @@ def role_bytes(cost: Cost, zero: Zero, ranks: int, width: int, trained: bool, em
 
 
 def checkpoint_bytes(cost: Cost, zero: Zero, width: int, ema: bool) -> float:
-    """Of a role in a checkpoint, over all ranks: module states, optimizer state, EMA."""
+    """Of a role in a checkpoint, over all ranks: weights, optimizer state, EMA. Under stage 3 DeepSpeed writes the
+    float32 weights only."""
     trainable = sum(cost.trainable)
+    weights = width * (sum(cost.frozen) if zero.stage == 3 else cost.parameters)
     masters = MASTER if width == 2 or zero.stage else 0
-    return width * cost.parameters + (masters + MOMENTS) * trainable + (4 * trainable if ema else 0)
+    return weights + (masters + MOMENTS) * trainable + (4 * trainable if ema else 0)
 
 
 def update_traffic(cost: Cost, zero: Zero, ranks: int, width: int, passes: int, micro_steps: int) -> float:
