@@ -15,6 +15,7 @@ VERBS = {
     "evaluate": "score a generator against real images",
     "export": "write a one-step diffusers pipeline",
     "report": "one HTML page of a run",
+    "status": "where a run stands, from its files alone",
 }
 
 

@@ -7,3 +7,12 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop by a signal and has saved: run the same command again to go on. Exit code 75."""
+
+
+class NodeTrouble(Exception):
+    """A node that does not answer or cannot compute, while others can: not the user's mistake, and worth another try
+    without it. One line, exit code 1. speaks: whether this process is the one that says it."""
+
+    def __init__(self, message: str, speaks: bool = True):
+        super().__init__(message)
+        self.speaks = speaks
