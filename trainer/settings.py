@@ -92,6 +92,19 @@ class BacktrackSettings(TrainSettings):
     fake_score_ds_config: str = "zero1"
 
 
+class NetworkSettings(Strict):
+    """How the networks of training stages compute; nothing here changes what they compute. attention: the kernel; "auto"
+    takes the first that runs on this device and the network's shapes, and the log says why each other one does not.
+    channels_last: memory format of convolutions, for frozen roles at zero0 only (DeepSpeed keeps all other weights
+    flat). compile: torch.compile of each repeated block, up to ZeRO-2; the first steps then take minutes. tf32: what is
+    float32 on an NVIDIA GPU (decoder, `precision: fp32`) multiplies in TF32."""
+
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    tf32: bool = True
+
+
 class SampleSettings(Strict):
     """prompts: captions; empty: the first of the training shards. steps and guidance_scale are a diffusion model's; a
     one-step generator needs neither. source: what to sample from, as in `evaluate.what`. out: a folder (default:
@@ -149,6 +162,7 @@ class RunSettings(Strict):
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
     data: DataConfig = DataConfig()
+    network: NetworkSettings = NetworkSettings()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()
     backtrack: BacktrackSettings = BacktrackSettings()
