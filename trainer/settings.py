@@ -30,10 +30,19 @@ class TrainSettings(Strict):
 
 
 class NetworkSettings(Strict):
-    """How networks are computed. checkpointing: trained networks keep the inputs of their blocks only and compute the
-    rest again in the backward pass: about a third more time, several times less memory for activations."""
+    """How the networks of training stages compute; nothing here changes what they compute. attention: the kernel; "auto"
+    takes the first that runs on this device and the network's shapes, and the log says why each other one does not.
+    checkpointing: trained networks keep the inputs of their blocks only and compute the rest again in the backward pass:
+    about a third more time, several times less memory for activations. channels_last: memory format of convolutions, for
+    frozen roles at zero0 only (DeepSpeed keeps all other weights flat). compile: torch.compile of each repeated block, up
+    to ZeRO-2; the first steps then take minutes. tf32: what is float32 on an NVIDIA GPU (decoder, `precision: fp32`)
+    multiplies in TF32."""
 
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
     checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    tf32: bool = True
 
 
 class LoraSettings(Strict):

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
+from models.attention import attention_shapes, choose, install, prefer, report
+from models.kernels import channels_last, compile_blocks, set_tf32
+from models.networks import predict
 from models.pipeline import empty_unet
-from models.sampler import ImageNoise
+from models.sampler import ImageNoise, Sampler
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
 from trainer.errors import UserError
@@ -24,9 +28,11 @@ PREVIEW = 32
 
 
 class TrainStage:
-    """The base of pretraining, recording and backtracking; see trainer.loop.Stage for the contract."""
+    """The base of pretraining, recording and backtracking; see trainer.loop.Stage for the contract. A stage has its
+    sampler before its first role."""
 
     flops = 0.0
+    sampler: Sampler
 
     def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
@@ -40,6 +46,9 @@ class TrainStage:
         self.noise = run.noise(name)
         self.skipped = Counter()
         self.roles: dict[str, Role] = {}
+        self.attention = ""  # the kernel that was chosen, by the first role
+        self.chosen = ExitStack()  # what holds for the whole process while the stage lives
+        set_tf32(run.settings.network.tf32)
         # What may differ between a run and its resumption: how long it trains and what it shows.
         private = settings.model_dump(mode="json", exclude={"loop", "steps"})
         self.identity = {f"{name}.{k}": v for k, v in private.items()}
@@ -64,10 +73,39 @@ class TrainStage:
         micro, accumulation = self.micro // split, settings.accumulation * split
         config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world)
         network = empty_unet(folder)
-        if self.run.settings.network.checkpointing and optimizer:
+        wanted, stage = self.run.settings.network, config["zero_optimization"]["stage"]
+        if wanted.checkpointing and optimizer:
             network.enable_gradient_checkpointing()
+        self._choose_kernels(network)
+        if wanted.compile:
+            if stage == 3:
+                raise UserError(
+                    f"network.compile=true does not go with ZeRO-3 ({name}: {ds_config}), which gathers weights inside "
+                    "the compiled blocks: use zero0, zero1 or zero2, or network.compile=false"
+                )
+            log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
         self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder, wrap)
+        if wanted.channels_last:
+            if stage == 0 and not optimizer:
+                channels_last(role.module)
+            else:
+                log.warning(f"{name}: network.channels_last is left out: DeepSpeed keeps these weights flat")
         return role
+
+    def _choose_kernels(self, network: nn.Module) -> None:
+        """Chooses the attention kernel at the first network, by trying, and gives it to the network. Raises
+        ModelError."""
+        device, dtype = self.world.device, self.run.dtype
+        if not self.attention:
+            cond = self.sampler.text.encode([""], self.sampler.resolution).map(lambda v: v.to("meta"))
+            x = torch.empty(1, *self.sampler.latent_shape, device="meta")
+            t = torch.zeros(1, dtype=torch.long, device="meta")
+            shapes = attention_shapes(network, lambda twin: predict(twin, x, t, cond))
+            self.attention, others = choose(self.run.settings.network.attention, tuple(shapes), dtype, device)
+            self.chosen.enter_context(prefer(self.attention, device))
+            for line in report(self.attention, others, shapes, dtype):
+                log.info(line)
+        install(network, self.attention)
 
     def begin(self, step: int) -> None:
         """Opens the data at a step."""
@@ -132,6 +170,7 @@ class TrainStage:
         if hasattr(self, "batches"):
             self.batches.close()
         self.dataset.close()
+        self.chosen.close()
 
 
 def enlarge(images: Tensor, factor: int) -> Tensor:

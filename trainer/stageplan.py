@@ -53,7 +53,7 @@ def network_cost(settings: RunSettings, architecture: Architecture, trained: boo
         settings.network.checkpointing,
         rank,
         tuple(settings.lora.targets) if rank else (),
-        True,
+        settings.network.attention != "math",
     )
 
 
