@@ -13,7 +13,7 @@ from data.errors import DataError
 from models.errors import ModelError
 from trainer.configfile import load_settings
 from trainer.distributed import finish, seed_everything, start
-from trainer.errors import Stopped, UserError
+from trainer.errors import RankError, Stopped, UserError
 from trainer.quiet import no_progress_bars
 from trainer.run import Run
 
@@ -37,7 +37,7 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
             traceback.print_exc()
         # The same mistake is found by every process: rank 0 says it. What only another process met, it says itself.
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or isinstance(error, DataError):
+        if rank == 0 or isinstance(error, DataError | RankError):
             print(f"disback: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # the launcher ends everybody when the first process ends: let rank 0 speak
