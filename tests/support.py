@@ -20,7 +20,16 @@ from trainer.settings import RunSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "configs" / "tiny_sdxl.yaml"
-TIMES = {"time", "step_seconds", "data_seconds", "images_per_second", "memory_gb", "tflops_per_gpu", "mfu"}
+TIMES = {
+    "time",
+    "step_seconds",
+    "data_seconds",
+    "images_per_second",
+    "memory_gb",
+    "tflops_per_gpu",
+    "mfu",
+    "save_seconds",
+}
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
 # AdamW divides by the square root of tiny second moments: sign noise of the last bit would grow to a whole step.
 EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.optimizer.eps=1e-4")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.order import Split
 from data.reader import Batch
 from models.conditioning import Conditioning
 from models.ema import Ema
@@ -29,11 +30,12 @@ from trainer.errors import UserError
 from trainer.loop import train
 from trainer.passes import step_flops
 from trainer.path import open_path
+from trainer.regroup import redeal
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
 from trainer.schedules import learning_rate
+from trainer.shelf import WEIGHTS
 from trainer.stage import TrainStage
-from trainer.target import Target
+from trainer.target import Target, merge_walks
 from trainer.telemetry import Meters, log
 from trainer.weights import save_folder
 
@@ -218,8 +220,12 @@ class Backtracking(TrainStage):
         return write
 
     def state_dict(self) -> dict:
-        own = {"ema": self.ema.state_dict(), "target": self.target.state_dict(), "kept": self.kept, "norms": self.norms}
-        return super().state_dict() | own
+        return super().state_dict() | {
+            "ema": self.average_state(self.ema, self.generator),
+            "target": self.target.state_dict(),
+            "kept": [{"x0": x0, **vars(cond)} for x0, cond in self.kept],
+            "norms": self.norms,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -227,7 +233,16 @@ class Backtracking(TrainStage):
         self.target.load_state_dict(state["target"])
         self.norms = state["norms"]
         device = self.world.device
-        self.kept = [(x0.to(device), cond.map(lambda v: v.to(device))) for x0, cond in state["kept"]]
+        kept = [{key: value.to(device) for key, value in part.items()} for part in state["kept"]]
+        self.kept = [(part.pop("x0"), Conditioning(**part)) for part in kept]
+
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        return super().regroup(states, saved) | {
+            "ema": self.regroup_average([s["ema"] for s in states], self.ema, self.generator),
+            "target": merge_walks([s["target"] for s in states]),
+            # The generator that made them is gone: the samples themselves go to the ranks that have their rows now.
+            "kept": redeal([s["kept"] for s in states], saved, self.split, self.world.rank),
+        }
 
     def begin(self, step: int) -> None:
         super().begin(step)

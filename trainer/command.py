@@ -13,7 +13,7 @@ from data.errors import DataError
 from models.errors import ModelError
 from trainer.configfile import load_settings
 from trainer.distributed import finish, seed_everything, start
-from trainer.errors import NodeTrouble, Stopped, UserError
+from trainer.errors import NodeTrouble, RankError, Stopped, UserError
 from trainer.quiet import no_progress_bars
 from trainer.rendezvous import leave_word
 from trainer.run import Run
@@ -38,7 +38,7 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
             traceback.print_exc()
         # The same mistake is found by every process: rank 0 says it. What only another process met, it says itself.
         rank, code = int(os.environ.get("RANK", "0")), USER_MISTAKE
-        speaks = rank == 0 or isinstance(error, DataError)
+        speaks = rank == 0 or isinstance(error, DataError | RankError)
         if isinstance(error, NodeTrouble):
             code, speaks = FAILED, error.speaks
         if speaks:

@@ -128,7 +128,7 @@ class Role:
         self.adam = adam
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
         self.weights = Weights(self.engine.module, world)
-        self._probe = self._some_weights()
+        self._probe: Tensor | None = self._some_weights()
         masters = 0
         if folder is not None and self.trained and dtype != torch.float32:
             masters = Weights(loaded, world).load_masters(folder, self.optimizer)
@@ -142,6 +142,13 @@ class Role:
     @property
     def module(self) -> nn.Module:
         return self.engine.module
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The flat elements [start, end) of each weight that this rank's slice has; see `local`."""
+        return [(s.start, s.end) for s in self.weights.slices]
 
     def step(self, loss: Tensor, rate: float, want_norm: bool = False) -> float | None:
         """One micro-step: backward, and at the end of an accumulation the optimizer with learning rate `rate`.
@@ -170,9 +177,13 @@ class Role:
         return largest.reshape(-1)[:PROBE].float().clone()
 
     def update_ratio(self) -> Tensor:
-        """|change| / |weights| of some of this rank's weights since the last call: a scalar on the device."""
+        """|change| / |weights| of some of this rank's weights since the last call: a scalar on the device. NaN at the first
+        call of a run that was cut anew, which has none to compare with."""
         now = self._some_weights()
-        ratio = (now - self._probe).norm() / now.norm().clamp_min(1e-12)
+        if self._probe is None:
+            ratio = torch.tensor(torch.nan, device=now.device)
+        else:
+            ratio = (now - self._probe).norm() / now.norm().clamp_min(1e-12)
         self._probe = now
         return ratio
 
@@ -182,8 +193,7 @@ class Role:
 
     def load_watch_state(self, state: dict) -> None:
         self.adam.skipped.copy_(state["skipped"])
-        if state["probe"].shape == self._probe.shape:  # another world size cuts the weights elsewhere
-            self._probe.copy_(state["probe"])
+        self._probe = None if state["probe"] is None else self._probe.copy_(state["probe"])
 
     def local(self) -> list[Tensor]:
         """The weights that this rank owns, 1/N of every parameter, flat; see trainer.weights.Slice."""

@@ -5,6 +5,10 @@ class UserError(Exception):
     """A mistake of the user's: the message says what, where and what to do. Exit code 2, no traceback."""
 
 
+class RankError(UserError):
+    """What only one process may have met (a damaged file of its own): it says so itself, whichever rank it is."""
+
+
 class Stopped(Exception):
     """The run was asked to stop by a signal and has saved: run the same command again to go on. Exit code 75."""
 

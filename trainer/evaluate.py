@@ -18,7 +18,7 @@ from trainer.command import run_verb
 from trainer.distributed import barrier, from_main, gather_rows, sum_over_ranks
 from trainer.judge import JUDGES, Judge, to_bytes
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
+from trainer.shelf import WEIGHTS
 from trainer.source import Source, find_source
 from trainer.stage import enlarge
 from trainer.telemetry import log

@@ -8,7 +8,7 @@ from trainer.backtrack import export_generator
 from trainer.command import run_verb
 from trainer.errors import UserError
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
+from trainer.shelf import WEIGHTS
 
 
 def export(run: Run) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data.order import Split
 from models.conditioning import image_time_ids
 from models.ema import Ema
 from models.flops import forward_flops
@@ -19,8 +20,8 @@ from trainer.command import run_verb
 from trainer.distributed import barrier
 from trainer.loop import train
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
 from trainer.schedules import learning_rate
+from trainer.shelf import WEIGHTS
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
 from trainer.weights import save_folder
@@ -79,11 +80,15 @@ class Pretraining(TrainStage):
         return write
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"ema": self.ema.state_dict()}
+        return super().state_dict() | {"ema": self.average_state(self.ema, self.teacher)}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
+
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        average = self.regroup_average([s["ema"] for s in states], self.ema, self.teacher)
+        return super().regroup(states, saved) | {"ema": average}
 
 
 def _start(run: Run, folder: Path) -> Path:

@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.order import Split
 from models.conditioning import Conditioning
 from models.flops import forward_flops
 from models.networks import denoising_loss, predict
 from models.pipeline import WEIGHTS_FILE, check_pipeline, weights_hash
 from models.student import Student
 from trainer.command import run_verb
-from trainer.distributed import barrier, mean_over_ranks
+from trainer.distributed import barrier, sum_over_ranks
 from trainer.errors import UserError
 from trainer.loop import train
 from trainer.passes import sample_passes
 from trainer.path import MANIFEST, Node, choose_nodes, generator_hash, write_manifest
 from trainer.run import Run
-from trainer.runstate import step_name
 from trainer.schedules import learning_rate
+from trainer.shelf import step_name
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
 from trainer.weights import ABOUT
@@ -62,6 +63,13 @@ class Recording(TrainStage):
         self.origin: Tensor | None = None  # the teacher's
         self.distance = 0.0
 
+    @property
+    def mine(self) -> list[int]:
+        """This rank's numbers of probe samples. Every rank has as many, since a forward pass is common work under
+        ZeRO-3; numbers from `probe` on repeat the first ones and count for nothing."""
+        count = -(-self.settings.probe // self.world.size)
+        return list(range(self.world.rank * count, (self.world.rank + 1) * count))
+
     def begin(self, step: int) -> None:
         super().begin(step)
         self.probe = self._make_probe()
@@ -75,13 +83,12 @@ class Recording(TrainStage):
 
     @torch.no_grad()
     def _make_probe(self) -> list[tuple[Tensor, Tensor, Conditioning]]:
-        """This rank's fixed (x_t, t, conditioning) of the probe, in micro-batches. The same set for every world size
-        that divides it."""
-        mine = -(-self.settings.probe // self.world.size)
-        first, parts = self.world.rank * mine, []
+        """This rank's fixed (x_t, t, conditioning) of the probe, in micro-batches: the same samples for every world
+        size."""
+        numbers, parts = [i % self.settings.probe for i in self.mine], []
         shape = self.sampler.latent_shape
-        for low in range(first, first + mine, self.micro):
-            index = list(range(low, min(low + self.micro, first + mine)))
+        for low in range(0, len(numbers), self.micro):
+            index = numbers[low : low + self.micro]
             captions = [self.dataset[i % len(self.dataset)]["caption"] for i in index]
             cond = self._encode(captions)
             x0 = self.student.every_step(self.generator, cond, self.noise, "probe z", index, shape)
@@ -96,7 +103,9 @@ class Recording(TrainStage):
 
     def _between(self, one: Tensor, other: Tensor) -> float:
         """Mean squared distance of predictions over the whole probe."""
-        return float(mean_over_ranks((one - other).square().mean().double(), self.world))
+        count = sum(i < self.settings.probe for i in self.mine)
+        squares = (one[:count] - other[:count]).square().sum(dtype=torch.float64)
+        return float(sum_over_ranks(squares, self.world)) / (self.settings.probe * one[0].numel())
 
     def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
@@ -167,14 +176,33 @@ class Recording(TrainStage):
         for name in ("steps_kept", "distances", "predictions", "distance"):
             setattr(self, name, state[name])
         self.origin = state["origin"].to(self.world.device)
+        if missing := [name for name in self.needs if not (self.candidates / name).is_dir()]:
+            raise UserError(
+                f"{self.candidates}: {', '.join(missing)} is missing, and recording cannot go on without: set `path` to "
+                "where it was recorded, or record again in another run folder"
+            )
 
-    def saved(self) -> None:
-        """Deletes the candidates that the checkpoint just written no longer needs; not earlier, since a resumed run
-        goes back to it."""
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        """Predictions on the probe are rows a sample: all ranks' rows in order, and of them this rank's."""
+        probe = self.settings.probe
+
+        def mine(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts)[:probe][[i % probe for i in self.mine]]
+
+        predictions = [mine(list(parts)) for parts in zip(*(s["predictions"] for s in states), strict=True)]
+        origin = mine([s["origin"] for s in states])
+        return super().regroup(states, saved) | {"predictions": predictions, "origin": origin}
+
+    @property
+    def needs(self) -> list[str]:
+        """The candidates' folders: the checkpoint only names them."""
+        return [step_name(step) for step in self.steps_kept]
+
+    def saved(self, needed: set[str]) -> None:
+        """Deletes the candidates that no checkpoint needs any more; not earlier, since a resumed run goes back to one."""
         if self.world.main:
-            kept = {step_name(step) for step in self.steps_kept}
             for folder in self.candidates.glob("step-*"):
-                if folder.name not in kept:
+                if folder.name not in needed:
                     shutil.rmtree(folder)
 
     def close(self) -> None:

@@ -207,7 +207,11 @@ def _watch(done: threading.Event, size: int, limit: float) -> None:
     store = dist.PrefixStore(
         "disback", dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, False)
     )  # a connection of its own: the main thread may hold the other one
-    for key, what in (("joined", "did not join the process group"), ("reduced", "did not finish the first all-reduce")):
+    for key, phase in (
+        ("joined", "did not join the process group"),
+        ("reduced", "did not finish the first all-reduce"),
+    ):
+        what = phase
         absent = [r for r in range(size) if not store.check([f"{key}/{r}"])]
         if absent and (len(absent) < size or key == "reduced"):
             break

@@ -11,7 +11,7 @@ from models.pipeline import NOTE, check_pipeline, load_unet
 from models.sampler import ImageNoise, Sampler
 from trainer.errors import UserError
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
+from trainer.shelf import WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What the training stages share besides the loop: data, text states, noise, counts."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
+from data.order import Split
 from models.attention import attention_shapes, choose, install, prefer, report
+from models.ema import Ema
 from models.kernels import channels_last, compile_blocks, set_tf32
 from models.networks import predict
 from models.pipeline import empty_unet
@@ -19,6 +22,7 @@ from models.sampler import ImageNoise, Sampler
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
 from trainer.errors import UserError
+from trainer.regroup import reslice
 from trainer.run import Run
 from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
@@ -33,6 +37,7 @@ class TrainStage:
 
     flops = 0.0
     sampler: Sampler
+    needs: Sequence[str] = ()
 
     def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
@@ -43,15 +48,17 @@ class TrainStage:
         self.dataset = run.dataset("train", ("image", "caption") if images else ("caption",))
         if self.dataset.rejected:
             log.warning(f"{name}: left out of the shards: {dict(self.dataset.rejected)}")
+        self.split = Split(run.world.size, self.micro, settings.accumulation)
         self.noise = run.noise(name)
         self.skipped = Counter()
         self.roles: dict[str, Role] = {}
         self.attention = ""  # the kernel that was chosen, by the first role
         self.chosen = ExitStack()  # what holds for the whole process while the stage lives
         set_tf32(run.settings.network.tf32)
-        # What may differ between a run and its resumption: how long it trains and what it shows.
-        private = settings.model_dump(mode="json", exclude={"loop", "steps"})
-        self.identity = {f"{name}.{k}": v for k, v in private.items()}
+        # What may differ between a run and its resumption: how long it trains, what it shows, and how it is spread over
+        # processes.
+        private = settings.model_dump(mode="json", exclude={"loop", "steps", "accumulation", "generator_split"})
+        self.identity = {f"{name}.{k}": v for k, v in private.items() if not k.endswith("ds_config")}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
     def role(
@@ -145,7 +152,7 @@ class TrainStage:
         trained = {name: role for name, role in self.roles.items() if role.trained}
         values["skipped_updates"] = sum(role.skipped_updates() for role in trained.values())
         ratios = torch.stack([role.update_ratio() for role in trained.values()])
-        ratios = mean_over_ranks(ratios, self.world).tolist()
+        ratios = [None if math.isnan(r) else r for r in mean_over_ranks(ratios, self.world).tolist()]
         return values | {f"update_ratio/{name}": ratio for name, ratio in zip(trained, ratios, strict=True)}
 
     def preview(self) -> Tensor | None:
@@ -163,7 +170,25 @@ class TrainStage:
         for name, watched in state["watched"].items():
             self.roles[name].load_watch_state(watched)
 
-    def saved(self) -> None:
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        """See trainer.loop.Stage. What is counted on every rank is added up on rank 0: the metrics sum over ranks."""
+        skipped = Counter()
+        for state in states if self.world.main else ():
+            skipped.update(state["skipped"])
+        # The weights that an update ratio compares with may be another rank's now: the next line has none.
+        watched = {name: watch | {"probe": None} for name, watch in states[0]["watched"].items()}
+        return states[0] | {"skipped": dict(skipped), "watched": watched}
+
+    def average_state(self, ema: Ema, role: Role) -> dict:
+        """The average of a role's weights, and which elements of each weight this rank has."""
+        return ema.state_dict() | {"ranges": role.ranges()}
+
+    def regroup_average(self, states: list[dict], ema: Ema, role: Role) -> dict:
+        """This rank's average, from the `average_state`s of all ranks of a run that was cut otherwise."""
+        flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], role.ranges())
+        return states[0] | {"shadow": [v.view(mine.shape) for v, mine in zip(flat, ema.shadow, strict=True)]}
+
+    def saved(self, needed: set[str]) -> None:
         pass
 
     def close(self) -> None:

@@ -58,6 +58,12 @@ class ReadAhead:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
+def merge_walks(states: list[dict]) -> dict:
+    """`Target.state_dict`s of all ranks as one: they differ only in the running sum of a rank's own mismatches, of which
+    a decision takes the mean."""
+    return states[0] | {"sum": sum(state["sum"] for state in states) / len(states)}
+
+
 class Target:
     """Which node the teacher's engine holds, and the walk's recorded decisions.
 
