@@ -60,8 +60,10 @@ def test_four_ranks_on_two_nodes_train_as_one(plain, fourfold, stage):
 def test_bfloat16_has_the_losses_of_float32(plain, root, world):
     run = support.single(root, "one-bf16", world, *support.PARITY, *support.zero("zero1"), "precision=bf16")
     support.backtrack_weights(run)
-    for mine, theirs in zip(plain[1], support.metrics(run.folder / "backtrack"), strict=True):
-        assert theirs["loss/fake_score"] == pytest.approx(mine["loss/fake_score"], rel=0.02)
+    mine, theirs = plain[1], support.metrics(run.folder / "backtrack")
+    losses = [(a["loss/fake_score"], b["loss/fake_score"]) for a, b in zip(mine, theirs, strict=True)]
+    losses = [pair for pair in losses if pair != (None, None)]  # lines of target switches have none
+    assert len(losses) == 4 and all(b == pytest.approx(a, rel=0.02) for a, b in losses)
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "sharded"])
