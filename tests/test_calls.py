@@ -55,9 +55,7 @@ def cycle(shards, pipeline, world, *overrides, watch=None):
     return calls
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("guidance", [1.0, 8.0])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("reuse", "guidance", "accumulation"), [(True, 8.0, 1), (False, 8.0, 2), (True, 1.0, 2)])
 def test_networks_run_as_often_as_they_must(shards, pipeline, world, reuse, guidance, accumulation):
     options = (f"backtrack.reuse_x0={reuse}", f"backtrack.guidance_scale={guidance}")
     calls = cycle(shards, pipeline, world, *options, f"backtrack.accumulation={accumulation}")
