@@ -51,7 +51,7 @@ in_use() { # port
 choose_port() {
     local port try
     if [ -n "${MASTER_PORT:-}" ]; then
-        in_use "$MASTER_PORT" && give_up $MISTAKE "MASTER_PORT=$MASTER_PORT is in use on node $(hostname): choose another, or leave it unset"
+        in_use "$MASTER_PORT" && give_up $MISTAKE "MASTER_PORT=$MASTER_PORT is in use on node ${SLURMD_NODENAME:-$(hostname)}: choose another, or leave it unset"
         port=$MASTER_PORT
     else
         for try in $(seq 0 19); do
@@ -174,8 +174,20 @@ chain() { # nodes to leave out
     done
 }
 
+# Slurm's signal before the time limit, or that of a preemption. It may come while the step is not there yet.
+stop_step() {
+    ASKED=1
+    [ -n "$STEP" ] && [ -z "$BEAT" ] || return 0
+    say "job $SLURM_JOB_ID ($VERB): asked to stop: saving"
+    # Again and again: a rank that is only starting does not listen yet.
+    while kill -s "$STOP_SIGNAL" "$STEP" 2>/dev/null; do sleep 10; done &
+    BEAT=$!
+}
+
 run_job() { # verb arguments...
-    local code=0 asked=0 module port pid beat=0 folder
+    local code=0 module port folder
+    ASKED=0 STEP='' BEAT=''
+    trap stop_step USR1 TERM
     VERB=$1
     shift
     ARGUMENTS=("$@")
@@ -206,22 +218,16 @@ run_job() { # verb arguments...
     port=$(choose_port) || exit $?
     say "job $SLURM_JOB_ID ($VERB): $NODES nodes x $RANKS_PER_NODE ranks x $CPUS CPUs by $LAUNCHER, ${MASTER_ADDR:-${DISBACK_PEERS%% *}}:$port, $CONFIG, $PROGRESS"
 
-    trap 'asked=1' USR1 TERM
     MASTER_ADDR=${MASTER_ADDR:-${DISBACK_PEERS%% *}} MASTER_PORT=$port launch "$VERB" --config "$CONFIG" "$@" &
-    pid=$!
+    STEP=$!
+    ((ASKED)) && stop_step
     while :; do
-        wait "$pid"
+        wait "$STEP"
         code=$?
         # A signal ends `wait` as well as the step does.
-        if ((code <= 128)) || ! kill -0 "$pid" 2>/dev/null; then break; fi
-        if ((asked && !beat)); then
-            say "job $SLURM_JOB_ID ($VERB): asked to stop: saving"
-            # Again and again: a rank that is only starting misses the first.
-            while kill -s "$STOP_SIGNAL" "$pid" 2>/dev/null; do sleep 10; done &
-            beat=$!
-        fi
+        if ((code <= 128)) || ! kill -0 "$STEP" 2>/dev/null; then break; fi
     done
-    ((beat)) && kill "$beat" 2>/dev/null
+    [ -n "$BEAT" ] && kill "$BEAT" 2>/dev/null
     conclude "$code"
 }
 

@@ -26,14 +26,13 @@ fi
 command -v "$PYTHON" >/dev/null || fail "node $node: $PYTHON is not there: set VENV or PYTHON"
 export PYTHONPATH=$DISBACK_HOME${PYTHONPATH:+:$PYTHONPATH}
 
+lacks='import importlib.util as u; print(*[m for m in ("yaml", "torch", "deepspeed", "diffusers") if not u.find_spec(m)])'
+lacks=$("$PYTHON" -c "$lacks" 2>&1) || fail "node $node: $PYTHON does not start: ${lacks##*$'\n'}"
+[ -z "$lacks" ] || fail "node $node: $PYTHON lacks ${lacks// /, }: choose an environment with VENV, DISBACK_SETUP or CONTAINER"
+
 mode=$1
 shift
 if [ "$mode" = status ]; then exec "$PYTHON" -m trainer.status "$@"; fi
-
-lacks='import importlib.util as u; print(*[m for m in ("torch", "deepspeed", "diffusers") if not u.find_spec(m)])'
-lacks=$("$PYTHON" -c "$lacks" 2>&1) || fail "node $node: $PYTHON does not start: ${lacks##*$'\n'}"
-[ -z "$lacks" ] || fail "node $node: $PYTHON lacks ${lacks// /, }: activate the environment with VENV, DISBACK_SETUP or CONTAINER"
-
 module=trainer.$1
 shift
 case $mode in

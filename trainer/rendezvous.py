@@ -200,6 +200,29 @@ def _roll_call(store: dist.Store, size: int, limit: float) -> dict:
     return {}
 
 
+def _verdict(store: dist.Store, rank: int, size: int, limit: float) -> dict:
+    """Rank 0's verdict on the roll call, on every rank."""
+    if rank > 0:
+        try:
+            store.wait(["verdict"], datetime.timedelta(seconds=2 * limit))
+            verdict = json.loads(store.get("verdict"))
+            store.set(f"heard/{rank}", "")
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise NodeTrouble("rank 0 went away during the check of the nodes", speaks=False) from error
+        return verdict
+    verdict = _roll_call(store, size, limit) if size > 1 else {}
+    store.set("verdict", json.dumps(verdict))
+    if verdict:
+        if not verdict["mistake"]:
+            report_nodes(verdict["nodes"])
+        present = [r for r in range(1, size) if store.check([f"rank/{r}"])]
+        try:  # the store ends with this process: let the others read first
+            store.wait([f"heard/{r}" for r in present], datetime.timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):
+            pass
+    return verdict
+
+
 def _watch(done: threading.Event, size: int, limit: float) -> None:
     """Rank 0: ends the process with the ranks' names if the process group or the first all-reduce hangs."""
     if done.wait(limit):
@@ -207,14 +230,11 @@ def _watch(done: threading.Event, size: int, limit: float) -> None:
     store = dist.PrefixStore(
         "disback", dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, False)
     )  # a connection of its own: the main thread may hold the other one
-    for key, phase in (
-        ("joined", "did not join the process group"),
-        ("reduced", "did not finish the first all-reduce"),
-    ):
-        what = phase
-        absent = [r for r in range(size) if not store.check([f"{key}/{r}"])]
-        if absent and (len(absent) < size or key == "reduced"):
-            break
+    what = "did not join the process group"
+    absent = [r for r in range(size) if not store.check([f"joined/{r}"])]
+    if not absent:
+        what = "did not finish the first all-reduce"
+        absent = [r for r in range(size) if not store.check([f"reduced/{r}"])]
     who, nodes = _missing(absent, size)
     if len(absent) < size:
         report_nodes(nodes)
@@ -246,14 +266,7 @@ def meet(accelerator, backend: str, check: Callable[[], None]) -> torch.device:
         problem = str(error)
     store = _store(rank, size, limit)
     store.set(f"rank/{rank}", json.dumps({"node": node_name(), "device": about, "problem": problem}))
-    if rank == 0:
-        verdict = _roll_call(store, size, limit) if size > 1 else {}
-        if verdict and not verdict["mistake"]:
-            report_nodes(verdict["nodes"])
-        store.set("verdict", json.dumps(verdict))
-    else:
-        store.wait(["verdict"], datetime.timedelta(seconds=2 * limit))
-        verdict = json.loads(store.get("verdict"))
+    verdict = _verdict(store, rank, size, limit)
     if verdict:
         raise UserError(verdict["problem"]) if verdict["mistake"] else NodeTrouble(verdict["problem"], rank == 0)
     done = threading.Event()

@@ -1,7 +1,7 @@
 """A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder, as children that end
 with this process.
 
-No systemd, no cgroups, no accounting database. Nodes n0 and n1 have one CPU, an address and one GPU that does not exist; their names do
+No systemd, no cgroups, no accounting database. Nodes n0 and n1 have four CPUs (on paper), an address and one GPU that does not exist; their names do
 not resolve, as on clusters without DNS for nodes. One partition allows requeueing.
 """
 
@@ -50,8 +50,8 @@ KillWait=10
 OverTimeLimit=0
 InactiveLimit=0
 GresTypes=gpu
-NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=16000 Gres=gpu:1
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=16000 Gres=gpu:1
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=16000 Gres=gpu:1
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=16000 Gres=gpu:1
 PartitionName=main Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -106,8 +106,7 @@ class Cluster:
             "folder": self.folder,
         }
         (self.folder / "slurm.conf").write_text(CONFIG.format(**values))
-        (self.folder / "gpu0").touch()
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu0\n")
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         self._munge()
         self._spawn("slurmctld", "-D", "-c")
         self._spawn("slurmd", "-D", "-N", "n0")
@@ -160,15 +159,34 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def ranks(self, job: str) -> dict[int, int]:
+        """The trainer's processes of a job on this machine: rank -> pid."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if f"SLURM_JOB_ID={job}".encode() in variables and b"-m\0trainer." in command and b"status" not in command:
+                rank = next((v for v in variables if v.startswith(b"SLURM_PROCID=")), b"=0")
+                found[int(rank.partition(b"=")[2])] = int(folder.name)
+        return found
+
     def wait(self, job: str, states: set[str] = FINAL, seconds: float = 240) -> dict[str, str]:
         """Waits until a job is in one of the states; a job that was requeued is released from its two minutes' rest."""
         limit = time.monotonic() + seconds
+        resting = 0.0
         while True:
             about = self.show(job)
             if about["JobState"] in states:
                 return about
             if about["JobState"] == "PENDING" and about["Restarts"] != "0" and about["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+                resting = resting or time.monotonic()
+                # Not in the second in which it ended: its nodes would take the new start for the old one's rest.
+                if time.monotonic() > resting + 3:
+                    self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+                    resting = 0.0
             if time.monotonic() > limit:
                 raise TimeoutError(f"job {job} is {about['JobState']} ({about['Reason']}) after {seconds:.0f} s")
             time.sleep(0.2)
