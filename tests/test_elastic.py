@@ -52,7 +52,7 @@ def assert_same_run(whole, weights: dict[str, Tensor], lines: list[dict]) -> Non
         assert mine.keys() == theirs.keys()
         assert mine["target_node"] == theirs["target_node"] and mine["skipped_samples"] == theirs["skipped_samples"]
         for key in ("loss/fake_score", "mismatch", "grad_norm/generator", "lr/generator"):
-            assert theirs[key] == pytest.approx(mine[key], rel=2e-3), key
+            assert theirs[key] == mine[key] or theirs[key] == pytest.approx(mine[key], rel=2e-3), key
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -139,7 +139,7 @@ def test_recut_to_the_bit(root, world, by_two, name, stage, precision, tmp_path)
         assert torch.equal(before[key].reshape(-1), masters[key, MASTER].to(before[key].dtype))
     saved = [torch.load(f, weights_only=True)["stage"]["ema"] for f in sorted(old.glob("rank-*.pt"))]
     again = torch.load(new / "rank-00000.pt", weights_only=True)["stage"]["ema"]
-    everything = [(0, s.parameter.ds_numel if s.sharded else s.parameter.numel()) for s in stage_.generator.slices]
+    everything = [(0, getattr(p, "ds_numel", p.numel())) for p in stage_.generator.module.parameters()]
     one = reslice([s["shadow"] for s in saved], [s["ranges"] for s in saved], everything)
     two = reslice([again["shadow"]], [again["ranges"]], everything)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

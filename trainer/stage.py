@@ -45,7 +45,7 @@ class TrainStage:
         self.roles: dict[str, Role] = {}
         # What may differ between a run and its resumption: how long it trains, what it shows, and how it is spread over
         # processes.
-        private = settings.model_dump(mode="json", exclude={"loop", "steps", "accumulation"})
+        private = settings.model_dump(mode="json", exclude={"loop", "steps", "accumulation", "generator_split"})
         self.identity = {f"{name}.{k}": v for k, v in private.items() if not k.endswith("ds_config")}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
@@ -129,8 +129,10 @@ class TrainStage:
 
     def regroup_average(self, states: list[dict], ema: Ema, role: Role) -> dict:
         """This rank's average, from the `average_state`s of all ranks of a run that was cut otherwise."""
-        flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], role.ranges())
-        return states[0] | {"shadow": [v.view(mine.shape) for v, mine in zip(flat, ema.shadow, strict=True)]}
+        ranges = role.ranges()
+        flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], ranges)
+        shadow = [v.view(mine.shape) for v, mine in zip(flat, ema.shadow, strict=True)]
+        return states[0] | {"shadow": shadow, "ranges": ranges}
 
     def saved(self, needed: set[str]) -> None:
         pass
