@@ -157,7 +157,12 @@ def elastic_flags(root, stage):
     folder.mkdir(exist_ok=True)
     stage = support.sharded_zero3(folder) if stage == "sharded" else stage
     betas = [f"backtrack.{role}.betas=[0.9, 0.999]" for role in ("generator", "fake_score")]
-    loop = ("backtrack.reuse_x0=true", "backtrack.loop.log_every=4", "backtrack.loop.sample_every=0")
+    loop = (
+        "backtrack.reuse_x0=true",
+        "backtrack.loop.log_every=4",
+        "backtrack.loop.sample_every=0",
+        "backtrack.loop.keep_last=9",
+    )
     return [*support.PARITY, *loop, *betas, *support.zero(stage)]
 
 

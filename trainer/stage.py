@@ -185,8 +185,10 @@ class TrainStage:
 
     def regroup_average(self, states: list[dict], ema: Ema, role: Role) -> dict:
         """This rank's average, from the `average_state`s of all ranks of a run that was cut otherwise."""
-        flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], role.ranges())
-        return states[0] | {"shadow": [v.view(mine.shape) for v, mine in zip(flat, ema.shadow, strict=True)]}
+        ranges = role.ranges()
+        flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], ranges)
+        shadow = [v.view(mine.shape) for v, mine in zip(flat, ema.shadow, strict=True)]
+        return states[0] | {"shadow": shadow, "ranges": ranges}
 
     def saved(self, needed: set[str]) -> None:
         pass
