@@ -21,6 +21,7 @@ from trainer.distributed import barrier, finish, start
 from trainer.engines import Role, deepspeed_config
 from trainer.errors import Stopped, UserError
 from trainer.loop import train
+from trainer.pretrain import Pretraining
 from trainer.quiet import no_progress_bars
 from trainer.record import Recording, record
 from trainer.run import Run
@@ -202,8 +203,8 @@ def stop_training(root, name, world, stage, at, *flags):
     return run
 
 
-class StoppedRecording(Recording):
-    """Recording that is sent a signal in the middle of a step."""
+class Signalled:
+    """A stage that is sent a signal in the middle of a step."""
 
     stop_at = 0
 
@@ -213,15 +214,37 @@ class StoppedRecording(Recording):
         return super().update(step, meters, until_log)
 
 
-def stop_recording(root, name, world, flags, at):
-    run = Run(support.tiny(root, name, *flags), world)
-    folder, stage = run.stage_folder("record"), StoppedRecording(run)
+class SignalledRecording(Signalled, Recording):
+    pass
+
+
+class SignalledPretraining(Signalled, Pretraining):
+    pass
+
+
+def _stop(stage, at):
+    """Runs a stage up to step `at`, where it must stop."""
+    run, world = stage.run, stage.world
     stage.stop_at = at if world.size == 1 else at - 1
     try:
-        train(stage, run.settings.record.loop, run.settings.health, folder, world)
+        train(stage, stage.settings.loop, run.settings.health, run.stage_folder(stage.name), world)
     except Stopped:
         return
     raise AssertionError("it was not stopped")
+
+
+def stop_recording(root, name, world, flags, at):
+    run = Run(support.tiny(root, name, *flags), world)
+    run.stage_folder("record")
+    _stop(SignalledRecording(run), at)
+
+
+def pretraining(root, name, world):
+    start = root / "base" / "pipeline"
+    flags = (f"pretrain.start={start}", "pretrain.optimizer.eps=1e-4", "pretrain.optimizer.lr=1e-3")
+    run = Run(support.tiny(root, name, *flags), world)
+    run.stage_folder("pretrain")
+    return SignalledPretraining(run, start)
 
 
 def elastic_save(root, world):
@@ -232,6 +255,7 @@ def elastic_save(root, world):
     stop_training(root, "there-and-back", world, "zero2", 3)
     flags = (*support.RECORDING, "record.probe=7", f"path={root / 'elastic_save' / 'parts'}")
     stop_recording(root, "recording-parts", world, flags, 5)
+    _stop(pretraining(root, "pretraining-parts", world), 5)
 
 
 def elastic_load(root, world):

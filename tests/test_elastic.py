@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import support
 import torch
-from ranks import elastic_flags, stop_recording, stop_training
+from ranks import elastic_flags, pretraining, stop_recording, stop_training
 from torch import Tensor
 
 from data.order import Split
+from models.pipeline import load_unet
 from trainer.backtrack import Backtracking
 from trainer.errors import UserError
+from trainer.loop import train
 from trainer.record import record
 from trainer.regroup import merge_meters, redeal, reslice
 from trainer.reshard import MASTER, MOMENTS, SavedRole
@@ -158,7 +160,19 @@ def test_recording_on_two_then_one(root, world, by_two):
             assert theirs[key] == pytest.approx(mine[key], rel=1e-4)
 
 
-def test_another_probe_is_refused_and_a_missing_candidate_named(root, world):
+def test_pretraining_on_two_then_one(root, world, by_two):
+    weights = {}
+    for name in ("whole", "parts"):
+        stage = pretraining(root, f"pretraining-{name}", world)
+        folder = stage.run.folder / "pretrain"
+        train(stage, stage.settings.loop, stage.run.settings.health, folder, world)
+        weights[name] = load_unet(folder / "checkpoints" / "step-00000008" / "weights").state_dict()
+    assert support.largest_difference(weights["whole"], weights["parts"]) < 1e-5  # the average, at a high learning rate
+    start = load_unet(root / "base" / "pipeline" / "unet").state_dict()
+    assert support.largest_difference(weights["whole"], start) > 1e-4
+
+
+def test_a_missing_candidate_is_named(root, world):
     flags = (*support.RECORDING, f"path={root / 'recording-lost-path'}")
     stop_recording(root, "recording-lost", world, flags, at=5)
     lost = sorted((root / "recording-lost-path" / "candidates").glob("step-*"))[0]

@@ -33,9 +33,10 @@ def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.pt"
 
 
-def _read_rank(folder: Path, rank: int) -> dict:
-    """A rank's own state, mapped: only what is used is read. Nothing but tensors and plain containers."""
-    return torch.load(_rank_file(folder, rank), map_location="cpu", mmap=True, weights_only=True)
+def _read_rank(folder: Path, rank: int, mapped: bool = False) -> dict:
+    """A rank's own state: nothing but tensors and plain containers. mapped: of the file only what is used is read; it
+    must not be kept, since the file will be deleted."""
+    return torch.load(_rank_file(folder, rank), map_location="cpu", mmap=mapped, weights_only=True)
 
 
 class Checkpoints:
@@ -156,7 +157,7 @@ class Checkpoints:
             if as_saved:
                 state = _read_rank(folder, self.world.rank)
             else:
-                state = self._regrouped([_read_rank(folder, rank) for rank in range(saved.world)], saved, regroup)
+                state = self._regrouped([_read_rank(folder, rank, True) for rank in range(saved.world)], saved, regroup)
         except UserError:
             raise
         except Exception as error:  # DeepSpeed raises whatever torch.load and its own asserts raise

@@ -114,7 +114,13 @@ class Together:
         told: list[str | None] = [mine]
         if self.group is not None:
             told = [None] * self.world.size
-            dist.all_gather_object(told, mine, group=self.group)
+            try:
+                dist.all_gather_object(told, mine, group=self.group)
+            except RuntimeError as gone:
+                raise UserError(
+                    f"a rank is gone, or did not finish its part of a checkpoint in {PATIENCE}: look at its node and the "
+                    f"file system, then run the same command again ({str(gone).splitlines()[0]})"
+                ) from gone
         if error is not None and not known:
             raise error
         failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
