@@ -49,6 +49,7 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     training = Training(site, "hard", job)
     ranks = training.hold()
     training.until("asked to stop: saving")
+    time.sleep(3)  # the signal is repeated every two seconds: the first may have come before the ranks were there
     os.kill(ranks[1], signal.SIGCONT)
     training.until("starting again")
     site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
