@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Each makes .venv and installs what it needs, at the pinned versions; nothing is
+# make demo | test | test-slurm | lint | clean. Each makes .venv and installs what it needs, at the pinned versions; nothing is
 # installed again unless pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -8,7 +8,10 @@ C := configs/digits.yaml
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast lint format docs clean
+SLURM_PROGRAMS := munged slurmctld slurmd sbatch shellcheck
+SLURM_PACKAGES := munge slurm-wlm shellcheck
+
+.PHONY: demo test test-fast test-slurm lint format docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +37,14 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m 'not slow'
+
+# The job scripts on a real Slurm of two nodes, which the tests start in a temporary folder and stop again.
+test-slurm: .venv/installed
+	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
+	for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	[ -z "$$missing" ] || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends $(SLURM_PACKAGES) >/dev/null; } || \
+	{ echo "test-slurm:$$missing not found, and $(SLURM_PACKAGES) cannot be installed by apt-get: install them by hand" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/slurm
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -180,7 +180,7 @@ stop_step() {
     [ -n "$STEP" ] && [ -z "$BEAT" ] || return 0
     say "job $SLURM_JOB_ID ($VERB): asked to stop: saving"
     # Again and again: a rank that is only starting does not listen yet.
-    while kill -s "$STOP_SIGNAL" "$STEP" 2>/dev/null; do sleep 10; done &
+    while kill -s "$STOP_SIGNAL" "$STEP" 2>/dev/null; do sleep 2; done &
     BEAT=$!
 }
 

@@ -14,8 +14,8 @@ from models.errors import ModelError
 from trainer.configfile import load_settings
 from trainer.distributed import finish, seed_everything, start
 from trainer.errors import NodeTrouble, RankError, Stopped, UserError
+from trainer.jobfolder import leave_word
 from trainer.quiet import no_progress_bars
-from trainer.rendezvous import leave_word
 from trainer.run import Run
 
 USER_MISTAKE, STOPPED, FAILED = 2, 75, 1

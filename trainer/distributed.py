@@ -65,6 +65,7 @@ def start() -> World:
 
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
+    local_rank = int(os.environ["LOCAL_RANK"])  # on its node, even where each task sees its own GPU only
     if dist.is_initialized():
         device = torch.device("cpu" if on_cpu else accelerator.current_device_name())
     else:
@@ -73,7 +74,7 @@ def start() -> World:
         )
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), device)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def finish() -> None:

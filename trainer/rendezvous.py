@@ -15,12 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from trainer.errors import NodeTrouble, UserError
+from trainer.jobfolder import leave_word, node_name, report_nodes
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 START_SECONDS = 600.0  # 64 nodes that import torch from one file system at once are slow, not dead
@@ -43,31 +43,6 @@ def environment() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
-def node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def leave_word(code: int, message: str) -> None:
-    """Tells the job script how this process ended; the first to end is heard, since the others may only follow it.
-    (srun reports the highest code of all, which is that of the ranks it killed, and torchrun always 1.)"""
-    folder = os.environ.get("DISBACK_JOB_FOLDER")
-    if not folder or not code:
-        return
-    try:
-        file = os.open(Path(folder) / "exit", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except OSError:
-        return  # another rank was first, or the folder is not writable from here: the launcher's own code stands
-    with os.fdopen(file, "w") as stream:
-        stream.write(f"{code} {message}\n")
-
-
-def report_nodes(nodes: list[str]) -> None:
-    """Writes down the nodes that failed the check: the job script leaves them out after the second time."""
-    if folder := os.environ.get("DISBACK_JOB_FOLDER"):
-        with (Path(folder) / "bad-nodes").open("a") as stream:
-            stream.writelines(f"{node}\n" for node in nodes)
 
 
 def interface_toward(peer: str) -> str | None:
@@ -100,8 +75,8 @@ def choose_interface() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, not all that begin so
 
 
-def find_device(accelerator) -> tuple[torch.device, str]:
-    """This rank's device and its description. Raises UserError without the GPUs that the job asked for."""
+def find_device(accelerator) -> tuple[torch.device, str, str]:
+    """This rank's device, its name and, of a GPU, its identity. Raises UserError without the GPUs that the job asked for."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
         asked = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or "0"
@@ -110,7 +85,7 @@ def find_device(accelerator) -> tuple[torch.device, str]:
                 f"the job asked for GPUs ({asked} a node), but torch sees none: look at nvidia-smi on the node and at "
                 f"`python -c 'import torch; print(torch.version.cuda)'`, or submit with --gpus-per-node=0 to run on CPUs"
             )
-        return torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
+        return torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads", ""
     count = accelerator.device_count()
     if count == 1 and local > 0:
         local = 0  # srun --gpus-per-task: each task sees its own GPU only
@@ -119,8 +94,10 @@ def find_device(accelerator) -> tuple[torch.device, str]:
         raise UserError(f"local rank {local} has no GPU: torch sees {count}; start one process a GPU")
     accelerator.set_device(local)
     device = torch.device(accelerator.device_name(local))
-    about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return device, f"{about.name} {about.uuid}" if about else str(device)
+    if device.type != "cuda":
+        return device, device.type, ""
+    about = torch.cuda.get_device_properties(device)
+    return device, about.name, str(about.uuid)
 
 
 def _store(rank: int, size: int, limit: float) -> dist.Store:
@@ -168,17 +145,14 @@ def _missing(ranks: list[int], size: int) -> tuple[str, list[str]]:
 def _roll_call(store: dist.Store, size: int, limit: float) -> dict:
     """Rank 0: waits for all ranks, says one line a node; the verdict: {} or {"problem", "nodes", "mistake"}."""
     deadline = time.monotonic() + limit
-    answers: dict[int, dict] = {}
-    for rank in range(size):
-        try:
-            store.wait([f"rank/{rank}"], datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
-        except (dist.DistStoreError, RuntimeError):
-            continue
-        answers[rank] = json.loads(store.get(f"rank/{rank}"))
-    absent = [r for r in range(size) if r not in answers]
+    keys = [f"rank/{rank}" for rank in range(size)]
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
     if absent:
         who, nodes = _missing(absent, size)
         return {"problem": f"{who} did not answer within {limit:.0f} s of the start", "nodes": nodes, "mistake": False}
+    answers = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys)}
     by_node: dict[str, list[int]] = {}
     for rank, answer in answers.items():
         by_node.setdefault(answer["node"], []).append(rank)
@@ -189,14 +163,13 @@ def _roll_call(store: dist.Store, size: int, limit: float) -> dict:
         where = "every node" if everywhere and len(by_node) > 1 else f"node {', '.join(bad) if len(bad) < 9 else node}"
         return {"problem": f"{where}: {problem}", "nodes": list(bad), "mistake": everywhere}
     for node, ranks in by_node.items():
-        devices = [answers[r]["device"] for r in ranks]
-        uuids = [d for d in devices if "GPU-" in d or not d.startswith("cpu")]
-        if len(set(uuids)) < len(uuids):
+        gpus = [answers[r]["gpu"] for r in ranks if answers[r]["gpu"]]
+        if len(set(gpus)) < len(gpus):
             problem = f"node {node}: several of the ranks {ranks} share one GPU: start one process a GPU"
             return {"problem": problem, "nodes": [node], "mistake": True}
         span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-        names = sorted({d.rpartition(" ")[0] if d in uuids else d for d in devices})
-        print(f"{node}: {span}: {len(ranks)} x {', '.join(names)}", file=sys.stderr, flush=True)
+        names = ", ".join(sorted({answers[r]["device"] for r in ranks}))
+        print(f"{node}: {span}: {len(ranks)} x {names}", file=sys.stderr, flush=True)
     return {}
 
 
@@ -224,7 +197,7 @@ def _verdict(store: dist.Store, rank: int, size: int, limit: float) -> dict:
 
 
 def _watch(done: threading.Event, size: int, limit: float) -> None:
-    """Rank 0: ends the process with the ranks' names if the process group or the first all-reduce hangs."""
+    """Rank 0: ends the process with a reason if the process group or the first all-reduce hangs."""
     if done.wait(limit):
         return
     store = dist.PrefixStore(
@@ -238,6 +211,8 @@ def _watch(done: threading.Event, size: int, limit: float) -> None:
     who, nodes = _missing(absent, size)
     if len(absent) < size:
         report_nodes(nodes)
+    else:
+        who = "all ranks answered, but they"  # each waits for the others: none can be blamed
     over = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
     text = f"{who} {what} within {limit:.0f} s over {over}: a firewall between the nodes or the wrong interface; set "
     text += "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, NCCL_DEBUG=INFO tells more"
@@ -256,16 +231,16 @@ def meet(accelerator, backend: str, check: Callable[[], None]) -> torch.device:
     limit = float(os.environ.get("DISBACK_START_SECONDS", START_SECONDS))
     if size > 1:
         choose_interface()
-    device, about, problem = torch.device("cpu"), "", ""
+    device, name, gpu, problem = torch.device("cpu"), "", "", ""
     try:
         check()
-        device, about = find_device(accelerator)
+        device, name, gpu = find_device(accelerator)
     except UserError as error:
         if size == 1:
             raise
         problem = str(error)
     store = _store(rank, size, limit)
-    store.set(f"rank/{rank}", json.dumps({"node": node_name(), "device": about, "problem": problem}))
+    store.set(f"rank/{rank}", json.dumps({"node": node_name(), "device": name, "gpu": gpu, "problem": problem}))
     verdict = _verdict(store, rank, size, limit)
     if verdict:
         raise UserError(verdict["problem"]) if verdict["mistake"] else NodeTrouble(verdict["problem"], rank == 0)

@@ -173,7 +173,7 @@ class Cluster:
                 found[int(rank.partition(b"=")[2])] = int(folder.name)
         return found
 
-    def wait(self, job: str, states: set[str] = FINAL, seconds: float = 240) -> dict[str, str]:
+    def wait(self, job: str, states: set[str] = FINAL, seconds: float = 500) -> dict[str, str]:
         """Waits until a job is in one of the states; a job that was requeued is released from its two minutes' rest."""
         limit = time.monotonic() + seconds
         resting = 0.0

@@ -63,7 +63,7 @@ class Site:
     def last_line(self, job: str) -> str:
         return self.log(job).rstrip().splitlines()[-1]
 
-    def ends(self, job: str, state: str, seconds: float = 240) -> str:
+    def ends(self, job: str, state: str, seconds: float = 500) -> str:
         """Waits for the job's end in this state; returns its log."""
         found = self.cluster.wait(job, seconds=seconds)["JobState"]
         assert found == state, f"job {job} is {found}, not {state}:\n{self.log(job)[-6000:]}"
@@ -129,6 +129,6 @@ def reference(site) -> str:
                 )
             )  # fmt: skip
         for agent in agents:
-            output = agent.communicate(timeout=240)[0]
+            output = agent.communicate(timeout=500)[0]
             assert agent.returncode == 0, output[-4000:]
     return "reference"
