@@ -198,6 +198,7 @@ def test_a_vanished_file_system_ends_with_the_last_step(root, world, kept, small
         support.backtrack_weights(away, Unplugged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero1", "sharded"])
 def test_one_rank_of_two_cannot_write(root, one_rank_fails, stage):
     """Rank 1 hits its limit on file sizes: both ranks end with the same message, nothing half written stays, and the run
