@@ -16,7 +16,7 @@ from trainer.errors import RankError, UserError
 from trainer.record import record
 from trainer.run import Run
 
-QUICK = ("backtrack.loop.sample_every=0", "backtrack.loop.save_every=1")
+QUICK = ("backtrack.loop.sample_every=0", "backtrack.loop.save_every=1", *support.zero("zero1"))
 
 
 def checkpoints(run: Run, stage: str = "backtrack") -> Path:
@@ -153,7 +153,7 @@ def test_no_room_for_a_checkpoint(root, world, kept, small_disk):
 def test_room_is_made_from_what_would_go_anyway(root, world, kept, small_disk):
     run, weights = kept
     disk = small_disk(int(2.6 * size_of(run)))  # two whole ones and the third do not fit at once
-    tight = Run(support.tiny(root, str(disk), *QUICK), world)
+    tight = Run(support.tiny(root, str(disk), *QUICK, "backtrack.loop.keep_last=2"), world)
     assert support.largest_difference(weights, support.backtrack_weights(tight)) == 0.0
     assert whole(tight) == [7, 8]
 
@@ -198,6 +198,7 @@ def test_a_vanished_file_system_ends_with_the_last_step(root, world, kept, small
         support.backtrack_weights(away, Unplugged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero1", "sharded"])
 def test_one_rank_of_two_cannot_write(root, one_rank_fails, stage):
     """Rank 1 hits its limit on file sizes: both ranks end with the same message, nothing half written stays, and the run

@@ -57,6 +57,7 @@ def assert_same_run(whole, weights: dict[str, Tensor], lines: list[dict]) -> Non
             assert theirs[key] == pytest.approx(mine[key], rel=2e-3), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_then_one(whole, by_two, world, stage):
     run = support.single(by_two, f"two-{stage}", world, *elastic_flags(by_two, stage))
@@ -64,6 +65,7 @@ def test_two_then_one(whole, by_two, world, stage):
     assert_same_run(whole, support.backtrack_weights(run), support.metrics(run.folder / "backtrack"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [*STAGES, "there-and-back"])
 def test_one_then_two(whole, by_one, stage):
     name = stage if stage == "there-and-back" else f"one-{stage}"
@@ -71,6 +73,7 @@ def test_one_then_two(whole, by_one, stage):
     assert_same_run(whole, weights, support.metrics(by_one / name / "backtrack"))
 
 
+@pytest.mark.slow
 def test_no_sample_is_lost_or_read_twice(root, by_one):
     """Two ranks, then one with other micro-batches, then two: together every position once, each step its own."""
     parts = {f.stem: [int(p) for p in f.read_text().split()] for f in (root / "there-and-back").glob("read-*.txt")}
@@ -105,6 +108,7 @@ def saved_whole(folder: Path, role: str, names: list[str]) -> dict[tuple[str, st
     return {(n, key): torch.cat([p.values[key] for p in parts[n]]) for n in names for key in (MASTER, *MOMENTS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stage", "precision"),
     [
@@ -147,6 +151,7 @@ def test_recut_to_the_bit(root, world, by_two, name, stage, precision, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.slow
 def test_recording_on_two_then_one(root, world, by_two):
     """The probe has 7 samples, which two ranks cannot share evenly."""
     nodes = {}
@@ -160,6 +165,7 @@ def test_recording_on_two_then_one(root, world, by_two):
             assert theirs[key] == pytest.approx(mine[key], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pretraining_on_two_then_one(root, world, by_two):
     weights = {}
     for name in ("whole", "parts"):
