@@ -240,12 +240,13 @@ launch() {
 }
 
 conclude() { # code of the step
-    local code=$1 message="the step ended with code $1"
+    local code=$1 message="the step ended with code $1" killed
     if ((code == 0)); then
         say "job $SLURM_JOB_ID ($VERB): done"
         exit 0
     fi
-    ((code > 128)) && message="a rank was killed by signal $((code - 128))"
+    killed=$(tac "$(job_field "$SLURM_JOB_ID" StdOut)" 2>/dev/null | sed '/ ranks x /q' | grep -oP '^srun: error: \K.*: (Killed|Out Of Memory)' | tail -n 1)
+    [ -n "$killed" ] && message="a rank was killed ($killed)"
     # What the first rank to end said is the cause; the step's code may be that of ranks that were killed for it.
     [ -s "$DISBACK_JOB_FOLDER/exit" ] && read -r code message <"$DISBACK_JOB_FOLDER/exit"
     ((code == MISTAKE)) && give_up $MISTAKE "$message"

@@ -134,7 +134,8 @@ def progress(run: Path, verb: str) -> str:
     """What changes when a verb gets on: the job scripts compare it before and after a restart."""
     if verb == "evaluate":
         return f"{len(_evaluations(run))} evaluations"
-    words = [f"{name} {latest}" for name in ("autoencoder", verb) if (latest := _latest(run / name))]
+    names = ("autoencoder", "pretrain") if verb == "pretrain" else (verb,)
+    words = [f"{name} {latest}" for name in names if (latest := _latest(run / name))]
     return ", ".join(words) or "no checkpoint"
 
 
