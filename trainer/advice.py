@@ -8,7 +8,7 @@ from trainer.errors import UserError
 from trainer.settings import RunSettings
 from trainer.stageplan import PLANS, StagePlan
 
-LORA_RANK = 64  # DMD2's SDXL LoRA configuration trains at this rank
+LORA_RANK = 64  # ours, the recipe's
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 

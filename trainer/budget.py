@@ -80,7 +80,7 @@ class RoleBytes:
 
 
 def partition(elements: int, ranks: int) -> list[tuple[int, int]]:
-    """The flat [start, end) of a parameter that each rank owns under ZeRO-3: pieces of equal size, the last one short."""
+    """The flat [start, end) of a parameter that each rank owns under ZeRO-3: equal pieces, the last one short."""
     piece = -(-elements // ranks)
     return [(min(rank * piece, elements), min((rank + 1) * piece, elements)) for rank in range(ranks)]
 
@@ -89,7 +89,7 @@ def role_bytes(cost: Cost, zero: Zero, ranks: int, width: int, trained: bool, em
     """Memory of one role on one of `ranks` GPUs. width: bytes an element of the run's precision (2 or 4).
 
     Below stage 3 parameters are whole; gradients are whole at stages 0 and 1; stages 1 to 3 share the optimizer state.
-    A frozen role has parameters only. In a float32 run stages 1 and 2 keep master weights too, stages 0 and 3 do not.
+    A frozen role has parameters only. In a float32 run only stage 0 keeps no master weights.
     """
     trainable, frozen = (sum(cost.trainable), sum(cost.frozen)) if trained else (0, cost.parameters)
     sharded = zero.stage == 3
@@ -106,7 +106,7 @@ def role_bytes(cost: Cost, zero: Zero, ranks: int, width: int, trained: bool, em
     if not trained:
         return RoleBytes(**out)
     owned = trainable / (ranks if zero.stage else 1)
-    masters = MASTER if width == 2 or zero.stage in (1, 2) else 0
+    masters = MASTER if width == 2 or zero.stage else 0
     optimizer = (masters + MOMENTS) * owned
     gradients = width * trainable / (ranks if zero.stage >= 2 else 1)
     # The float32 copy of the gradient that Adam reads; a float32 run has it already.
