@@ -19,7 +19,7 @@ from models.ema import Ema
 from models.flops import forward_flops
 from models.networks import denoising_loss, generate, predict, predict_guided
 from models.objectives import OBJECTIVES, Scores
-from models.pipeline import check_pipeline, weights_hash, write_one_step_pipeline
+from models.pipeline import weights_hash, write_one_step_pipeline
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
 from trainer.errors import UserError
@@ -43,24 +43,24 @@ class Backtracking(TrainStage):
                 f"backtrack.steps={settings.steps} is not a multiple of backtrack.fake_updates={settings.fake_updates}: the "
                 "last generator update would lack fake-score updates"
             )
-        teacher_folder = s.pipeline_folder / "unet"
         path = None
         if settings.path != "none":
-            path = open_path(s.path_folder, teacher_folder, s.start_folder, s.conditioning_timestep, run.world)
-        self.sampler = run.sampler(s.pipeline_folder)
+            folders = s.path_folder, run.teacher_folder, run.start_folder
+            path = open_path(*folders, s.conditioning_timestep, run.world, s.variant)
+        self.sampler = run.sampler(run.pipeline_folder)
         self.schedule, self.timestep = self.sampler.schedule, s.conditioning_timestep
         self.objective = OBJECTIVES[settings.objective]
-        far = path.folder(len(path.nodes) - 1) if path else teacher_folder
+        far = path.folder(len(path.nodes) - 1) if path else run.teacher_folder
         log.info(f"fake score starts from {far}")
-        self.teacher = self.role("teacher", teacher_folder, settings.teacher_ds_config)
-        self.generator = self.role("generator", s.start_folder, settings.generator_ds_config, settings.generator)
+        self.teacher = self.role("teacher", run.teacher_folder, settings.teacher_ds_config)
+        self.generator = self.role("generator", run.start_folder, settings.generator_ds_config, settings.generator)
         self.fake_score = self.role("fake_score", far, settings.fake_score_ds_config, settings.fake_score)
         self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
         self.ema = Ema(self.generator.local(), settings.ema)
         self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
         self.norms: dict[str, float] = {}
         self.flops = self._flops()
-        self.identity["teacher"] = weights_hash(teacher_folder)
+        self.identity["teacher"] = weights_hash(run.teacher_folder, s.variant)
         if path:
             self.identity["far_node"] = path.nodes[-1].sha256
 
@@ -197,15 +197,16 @@ def _spread(x0: Tensor) -> Tensor:
     return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()
 
 
-def export_generator(run: Run, unet: Path, out: Path, note: dict) -> None:
-    """Writes a one-step pipeline of a generator's UNet folder."""
-    source, timestep = run.settings.pipeline_folder, run.settings.conditioning_timestep
-    write_one_step_pipeline(source, unet, timestep, out, note | {"resolution": run.settings.data.resolution})
+def export_generator(run: Run, weights: Path, out: Path, note: dict) -> None:
+    """Writes a one-step pipeline of a generator's weights folder."""
+    s = run.settings
+    note = note | {"resolution": s.data.resolution}
+    write_one_step_pipeline(run.pipeline_folder, weights, s.conditioning_timestep, out, note, s.variant)
 
 
 def backtrack(run: Run) -> None:
     """Distils the generator and writes `generator/`, a pipeline that makes an image in one step."""
-    check_pipeline(run.settings.pipeline_folder)
+    run.require_pipeline()
     folder = run.stage_folder("backtrack")
     stage = Backtracking(run)
     seconds = train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)

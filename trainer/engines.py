@@ -96,7 +96,10 @@ class Role:
         self.adam = adam
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
         self.stage = stage
-        self.slices = [Slice(key, p, world) for key, p in self.engine.module.named_parameters()]
+        module = self.engine.module
+        saved = module.state_dict().keys()  # SD3 saves a buffer too, its positions
+        buffers = [(key, b) for key, b in module.named_buffers() if key in saved]
+        self.slices = [Slice(key, p, world) for key, p in [*module.named_parameters(), *buffers]]
         self._probe = self._some_weights()
 
     def __call__(self, *args: object, **kwargs: object) -> object:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
-from models.pipeline import load_unet
+from models.pipeline import load_network
 from models.sampler import image_noise
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
@@ -40,6 +40,7 @@ class TrainStage:
         # What may differ between a run and its resumption: how long it trains and what it shows.
         private = settings.model_dump(mode="json", exclude={"loop", "steps"})
         self.identity = {f"{name}.{k}": v for k, v in private.items()}
+        self.identity |= {"timestep_shift": run.settings.timestep_shift}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
     def role(self, name: str, folder: Path, ds_config: str, optimizer: OptimizerSettings | None = None) -> Role:
@@ -48,7 +49,10 @@ class TrainStage:
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
         precision = self.run.settings.precision
         config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, precision, self.world)
-        self.roles[name] = role = Role(name, load_unet(folder), config, self.world, optimizer)
+        network = load_network(folder, variant=self.run.settings.variant)
+        state = network.state_dict()
+        log.info(f"{name}: all {len(state)} tensors, {sum(map(torch.numel, state.values())):,} numbers, of {folder}")
+        self.roles[name] = role = Role(name, network, config, self.world, optimizer)
         return role
 
     def begin(self, step: int) -> None:

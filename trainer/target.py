@@ -44,12 +44,13 @@ class Target:
         if self._ahead and self._ahead[0] == node:
             values = self._ahead[1].result()
         else:
-            values = read_folder(self.teacher.slices, folder)
+            values = read_folder(self.teacher.slices, folder, self.path.variant)
         self.teacher.write(values)
         self.node, self._ahead = node, None
         log.info(f"generator update {update}: target is node {node} ({len(values)} tensors from {folder})")
         if node > 0:
-            self._ahead = node - 1, self._reader.submit(read_folder, self.teacher.slices, self.path.folder(node - 1))
+            ahead = self.path.folder(node - 1), self.path.variant
+            self._ahead = node - 1, self._reader.submit(read_folder, self.teacher.slices, *ahead)
         return True
 
     def observe(self, update: int, mismatch: Tensor, mean: Callable[[Tensor], float]) -> None:

@@ -61,7 +61,7 @@ class Slice:
         return rows[self.start - first * row : self.end - first * row]
 
 
-def read_folder(slices: list[Slice], folder: Path) -> list[Tensor]:
+def read_folder(slices: list[Slice], folder: Path, variant: str = "") -> list[Tensor]:
     """This rank's slices of a weights folder, strictly: every key of the network and no other, every shape.
 
     No rank reads or holds more than its own part (and the rows around it). Nothing is written, so that a folder that
@@ -69,7 +69,7 @@ def read_folder(slices: list[Slice], folder: Path) -> list[Tensor]:
     """
     wanted = {s.key: s for s in slices}
     handles = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, variant):
         try:
             handle = safe_open(file, framework="pt")
         except Exception as error:  # safetensors' own error type is not public
@@ -87,9 +87,9 @@ def read_folder(slices: list[Slice], folder: Path) -> list[Tensor]:
 
 
 def save_folder(state: dict[str, Tensor], config: dict, folder: Path, dtype: torch.dtype) -> Path:
-    """Writes a whole state dict as a folder that UNet2DConditionModel.from_pretrained loads. Atomic; rank 0 only.
+    """Writes a whole state dict as a folder that its class loads with from_pretrained. Atomic; rank 0 only.
 
-    config: the network's own configuration (`unet.config`). Returns the weights file.
+    config: the network's own configuration (`network.config`). Returns the weights file.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
