@@ -42,9 +42,9 @@ def check_pipeline(folder: Path, variant: str = "") -> Path:
     return folder
 
 
-def check_fit(folder: Path, resolution: int, timestep: int, variant: str = "") -> None:
-    """Whether a checked pipeline folder takes images of this resolution and this conditioning timestep, and has weight
-    files of the variant for its denoiser (other parts may be plain). Raises ModelError."""
+def check_fit(folder: Path, resolution: int, timestep: int | None = None, variant: str = "") -> None:
+    """Whether a checked pipeline folder takes images of this resolution and, if given, this conditioning timestep, and
+    has weight files of the variant for its denoiser (other parts may be plain). Raises ModelError."""
     family = family_of(folder)
     if variant and f".{variant}" not in weight_files(folder / family.part, variant)[0].name:
         wanted = variant_name("diffusion_pytorch_model.safetensors", variant)
@@ -61,6 +61,8 @@ def check_fit(folder: Path, resolution: int, timestep: int, variant: str = "") -
         most = largest // family.patch(config) * unit
         raise ModelError(f"data.resolution={resolution}: {folder} takes at most {most} pixels")
     schedule = load_schedule(folder)
+    if timestep is None:
+        return
     if schedule.prediction == "flow" and timestep != schedule.last:
         raise ModelError(
             f"conditioning_timestep={timestep}: a flow's one step starts from pure noise (its scheduler can say nothing else): "

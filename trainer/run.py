@@ -43,7 +43,8 @@ class Run:
         """The teacher's pipeline: a folder, fetched from the hub if `pipeline` names a model there, and checked against
         the settings. Every rank must ask for it first at the same time. Raises UserError and ModelError."""
         name = self.settings.pipeline
-        return self.checked(self.fetched(name, "pipeline") if name else self.folder / "pipeline")
+        folder = self.fetched(name, "pipeline") if name else self.folder / "pipeline"
+        return self.checked(folder, self.settings.conditioning_timestep)
 
     def require_pipeline(self) -> None:
         """For the start of a verb: fetches and checks the teacher's pipeline before anything is made of it."""
@@ -59,10 +60,10 @@ class Run:
         """The weights folder that the generator starts from."""
         return Path(self.settings.generator_start) if self.settings.generator_start else self.teacher_folder
 
-    def checked(self, folder: Path) -> Path:
-        """The pipeline folder, if it is whole and fits the settings. Raises ModelError."""
+    def checked(self, folder: Path, timestep: int | None = None) -> Path:
+        """The pipeline folder, if it is whole and fits the settings and the conditioning timestep. Raises ModelError."""
         s = self.settings
-        check_fit(check_pipeline(folder, s.variant), s.data.resolution, s.conditioning_timestep, s.variant)
+        check_fit(check_pipeline(folder, s.variant), s.data.resolution, timestep, s.variant)
         return folder
 
     def fetched(self, pipeline: str, key: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from models.checks import check_pipeline
+from models.checks import check_fit, check_pipeline
 from models.families import family_of
 from models.pipeline import NOTE, load_network
 from models.sampler import Sampler, image_noise
@@ -27,7 +27,7 @@ class Source:
 
     def open(self, run: Run) -> "OpenSource":
         variant = run.settings.variant
-        check_pipeline(self.pipeline, variant)
+        check_fit(check_pipeline(self.pipeline, variant), run.settings.data.resolution)
         network = load_network(self.weights, run.dtype, variant).to(run.world.device).eval().requires_grad_(False)
         return OpenSource(self, run, network, run.sampler(self.pipeline))
 
