@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from models.diffusion import Schedule
 from models.errors import ModelError
 from models.families import family_of, read_json
 from models.pipeline import load_schedule, text_encoders, variant_name, weight_files
@@ -42,9 +43,10 @@ def check_pipeline(folder: Path, variant: str = "") -> Path:
     return folder
 
 
-def check_fit(folder: Path, resolution: int, timestep: int | None = None, variant: str = "") -> None:
-    """Whether a checked pipeline folder takes images of this resolution and, if given, this conditioning timestep, and
-    has weight files of the variant for its denoiser (other parts may be plain). Raises ModelError."""
+def check_fit(folder: Path, resolution: int, timesteps: tuple[int, ...] = (), variant: str = "") -> None:
+    """Whether a checked pipeline folder takes images of this resolution and, if given, these timesteps of a student (one:
+    the conditioning timestep), and has weight files of the variant for its denoiser (other parts may be plain). Raises
+    ModelError."""
     family = family_of(folder)
     if variant and f".{variant}" not in weight_files(folder / family.part, variant)[0].name:
         wanted = variant_name("diffusion_pytorch_model.safetensors", variant)
@@ -60,16 +62,25 @@ def check_fit(folder: Path, resolution: int, timestep: int | None = None, varian
     if largest and resolution // unit * family.patch(config) > largest:
         most = largest // family.patch(config) * unit
         raise ModelError(f"data.resolution={resolution}: {folder} takes at most {most} pixels")
-    schedule = load_schedule(folder)
-    if timestep is None:
-        return
-    if schedule.prediction == "flow" and timestep != schedule.last:
+    if timesteps:
+        _check_timesteps(folder, load_schedule(folder), timesteps)
+
+
+def _check_timesteps(folder: Path, schedule: Schedule, timesteps: tuple[int, ...]) -> None:
+    several = len(timesteps) > 1
+    given = f"backtrack.student_timesteps={list(timesteps)}" if several else f"conditioning_timestep={timesteps[0]}"
+    if schedule.prediction == "flow" and several:
         raise ModelError(
-            f"conditioning_timestep={timestep}: a flow's one step starts from pure noise (its scheduler can say nothing else): "
+            f"{given}: {folder} is a flow, of which no scheduler of a plain pipeline holds such steps: "
+            f"set backtrack.student_timesteps=[] and conditioning_timestep={schedule.last}"
+        )
+    if schedule.prediction == "flow" and timesteps[0] != schedule.last:
+        raise ModelError(
+            f"{given}: a flow's one step starts from pure noise (its scheduler can say nothing else): "
             f"set conditioning_timestep={schedule.last}"
         )
-    if timestep > schedule.last:
-        raise ModelError(f"conditioning_timestep={timestep}: {folder} has timesteps up to {schedule.last}")
+    if timesteps[0] > schedule.last:
+        raise ModelError(f"{given}: {folder} has timesteps up to {schedule.last}")
 
 
 def _there(folder: Path, name: str) -> None:

@@ -24,10 +24,13 @@ class Conditioning:
     empty_pooled: Tensor | None = None
     family: str = "sdxl"
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name; all of them have the batch as their first dimension."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """The function applied to every tensor; all of them have the batch as their first dimension."""
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(value) for name, value in tensors.items()})
+        """The function applied to every tensor."""
+        return replace(self, **{name: function(value) for name, value in self.tensors().items()})
 
     def unconditional(self) -> "Conditioning":
         """The empty caption."""
@@ -47,8 +50,8 @@ class Conditioning:
     def doubled(self) -> "Conditioning":
         """[unconditional; conditional] stacked along the batch, for guidance in one network call."""
         empty = self.unconditional()
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: torch.cat([getattr(empty, name), value]) for name, value in tensors.items()})
+        pairs = {name: torch.cat([getattr(empty, name), value]) for name, value in self.tensors().items()}
+        return replace(self, **pairs)
 
 
 def square_time_ids(batch: int, resolution: int, device: torch.device) -> Tensor:

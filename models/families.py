@@ -44,6 +44,7 @@ class Family:
     part = "unet"  # the denoiser's folder in a pipeline folder
     encoders: tuple[str, ...]  # folders of the text encoders that a pipeline must have
     unused: tuple[str, ...] = ()  # parts that are of no use to encode text
+    more_tokens = 0  # text states behind those of the first encoder's tokens
 
     def fits(self, config: dict) -> bool:
         """Whether a network's configuration (its config.json) is of this family."""
@@ -68,7 +69,24 @@ class Family:
 
     def tokens(self, parts: DiffusionPipeline) -> int:
         """Length L of the text states, padding included."""
-        return parts.tokenizer.model_max_length
+        return parts.tokenizer.model_max_length + self.more_tokens
+
+    def example(
+        self, config: dict, batch: int, latent_shape: tuple[int, int, int], tokens: int, **like: object
+    ) -> Inputs:
+        """`inputs` for a network of this configuration, all zeros. like: device and dtype of latents and text."""
+        width, pooled = self.widths(config)
+        x, t = (
+            torch.zeros(batch, *latent_shape, **like),
+            torch.zeros(batch, dtype=torch.long, device=like.get("device")),
+        )
+        cond = Conditioning(
+            torch.zeros(batch, tokens, width, **like),
+            None if pooled is None else torch.zeros(batch, pooled, **like),
+            torch.zeros(batch, 6, device=like.get("device")) if self.uses_time_ids() else None,
+            family=self.name,
+        )
+        return self.inputs(x, t, cond)
 
     def widths(self, config: dict) -> tuple[int, int | None]:
         """Widths D of the text states and P of the pooled text that a network of this configuration takes."""
@@ -149,7 +167,7 @@ class StableDiffusion3(Family):
     pipeline, network, part = StableDiffusion3Pipeline, SD3Transformer2DModel, "transformer"
     encoders = ("text_encoder", "text_encoder_2")
     unused = ("feature_extractor", "image_encoder")
-    t5_tokens = 256  # the pipeline's max_sequence_length; without T5 they are zeros, as in the pipeline
+    more_tokens = 256  # T5's: the pipeline's max_sequence_length; without T5 they are zeros, as in the pipeline
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> Inputs:
         text = {"encoder_hidden_states": cond.states.to(x.dtype), "pooled_projections": cond.pooled.to(x.dtype)}
@@ -159,12 +177,9 @@ class StableDiffusion3(Family):
         self, parts: DiffusionPipeline, captions: list[str], device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
         states, _, pooled, _ = parts.encode_prompt(
-            captions, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
+            captions, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=self.more_tokens
         )
         return states, pooled
-
-    def tokens(self, parts: DiffusionPipeline) -> int:
-        return parts.tokenizer.model_max_length + self.t5_tokens
 
     def widths(self, config: dict) -> tuple[int, int | None]:
         return config["joint_attention_dim"], config["pooled_projection_dim"]

@@ -1,10 +1,17 @@
 """Counted, not guessed: the floating-point operations of a network."""
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.conditioning import Conditioning
 from models.families import network_family
+from models.gan import Discriminator, Head, feature_shape
+
+
+def _count(module: nn.Module, *args: object, **kwargs: object) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*args, **kwargs)
+    return float(counter.get_total_flops())
 
 
 def forward_flops(config: dict, latent_shape: tuple[int, int, int], tokens: int) -> float:
@@ -13,11 +20,17 @@ def forward_flops(config: dict, latent_shape: tuple[int, int, int], tokens: int)
     family = network_family(config)
     with torch.device("meta"):
         network = family.network.from_config(config)
-        width, pooled = family.widths(network.config)
-        text = torch.empty(1, tokens, width), None if pooled is None else torch.empty(1, pooled)
-        cond = Conditioning(*text, torch.empty(1, 6), family=family.name)
-        x, t = torch.empty(1, *latent_shape), torch.zeros(1, dtype=torch.long)
-        arguments, named = family.inputs(x, t, cond)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(*arguments, **named)
-    return float(counter.get_total_flops())
+        args, kwargs = family.example(network.config, 1, latent_shape, tokens)
+        return _count(network, *args, **kwargs)
+
+
+def judging_flops(config: dict, latent_shape: tuple[int, int, int], tokens: int) -> tuple[float, float]:
+    """FLOP of one sample's judgement by the GAN head, and the head's own part of it: (features and head, head). Raises
+    ModelError for a network that the head cannot read."""
+    family = network_family(config)
+    with torch.device("meta"):
+        network = family.network.from_config(config)
+        args, kwargs = family.example(network.config, 1, latent_shape, tokens)
+        whole = _count(Discriminator(network, latent_shape, 0), *args, judge="only", **kwargs)
+        shape = feature_shape(network, latent_shape)
+        return whole, _count(Head(*shape), torch.empty(1, *shape))

@@ -12,11 +12,16 @@ from models.diffusion import Schedule
 from models.families import FAMILIES
 
 
-def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """The network's raw prediction at x_t [B, C, H, W] and t [B], returned as float32 [B, C, H, W]."""
+def call(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, **more: object) -> tuple:
+    """The network's outputs at x_t [B, C, H, W] and t [B], in its own dtype; the first is its raw prediction."""
     dtype = getattr(net, "module", net).dtype
     arguments, named = FAMILIES[cond.family].inputs(x_t.to(dtype), t, cond)
-    return net(*arguments, **named, return_dict=False)[0].float()
+    return net(*arguments, **named, return_dict=False, **more)
+
+
+def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """The network's raw prediction at x_t [B, C, H, W] and t [B], returned as float32 [B, C, H, W]."""
+    return call(net, x_t, t, cond)[0].float()
 
 
 def predict_guided(
@@ -35,10 +40,10 @@ def predict_guided(
 
 
 def generate(net: nn.Module, z: Tensor, cond: Conditioning, schedule: Schedule, timestep: int) -> Tensor:
-    """The one-step generator: x0 = G(z, c) at the conditioning timestep t_g (DisBack, section 3; for epsilon
+    """One step of a generator: x0 = G(z, c) at the conditioning timestep t_g (DisBack, section 3; for epsilon
     prediction x0 = (z - sigma(t_g) eps_G(z, t_g, c)) / alpha(t_g), for flow at sigma = 1 x0 = z - v_G(z, t_g, c)).
 
-    z: [B, C, H, W], standard normal.
+    z: [B, C, H, W], standard normal for the first step, the noised sample for the later ones of a multi-step student.
     """
     t = torch.full((len(z),), timestep, device=z.device, dtype=torch.long)
     return schedule.to_x0(predict(net, z, t, cond), z, t)

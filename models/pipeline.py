@@ -1,23 +1,17 @@
-"""Parts of a diffusers pipeline folder: strict loading, hashing, and writing one-step pipelines."""
+"""Parts of a diffusers pipeline folder: strict loading, networks without weights, hashing."""
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
-)
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
 
-from models.diffusion import FLOW, Schedule
+from models.diffusion import Schedule
 from models.errors import ModelError
 from models.families import family_of, network_family, read_json
 
@@ -59,21 +53,19 @@ def weight_files(folder: Path, variant: str = "", stem: str = "diffusion_pytorch
     raise ModelError(f"{folder}: no {stem}.safetensors (and no index) there")
 
 
-def _variant_of(files: list[Path], variant: str) -> str | None:
+def variant_of(files: list[Path], variant: str) -> str | None:
     """The variant, if these files are of it."""
     return variant if variant and f".{variant}" in files[0].name else None
 
 
 def _load_strict(kind: type, folder: Path, dtype: torch.dtype, variant: str, stem: str) -> nn.Module:
     """from_pretrained, but a missing or unexpected key is an error: the libraries would go on with random weights."""
-    variant = _variant_of(weight_files(folder, variant, stem), variant)
+    variant = variant_of(weight_files(folder, variant, stem), variant)
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
         )
-    except (
-        Exception
-    ) as error:  # the libraries raise OSError, ValueError, KeyError or safetensors errors for a bad folder
+    except Exception as error:  # OSError, ValueError, KeyError or safetensors' own, as the libraries have it
         raise ModelError(f"{folder}: cannot be loaded as {kind.__name__}: {error}") from error
     wrong = {name: keys for name, keys in info.items() if keys}
     if wrong:
@@ -87,6 +79,19 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, variant: str 
     folder = Path(folder)
     family = network_family(read_json(folder / "config.json"), str(folder))
     return _load_strict(family.network, folder, dtype, variant, "diffusion_pytorch_model")
+
+
+def empty_network(folder: Path) -> ModelMixin:
+    """The denoiser of a weights folder, of its own class, without weights: parameters on the meta device, buffers as they
+    are computed. It takes no memory; `trainer.weights.load_folder` fills it. Raises ModelError."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    family = network_family(config, str(folder))
+    try:
+        with init_empty_weights(include_buffers=False):
+            return family.network.from_config(config)
+    except Exception as error:  # as in _load_strict
+        raise ModelError(f"{folder}: not the folder of a {family.network.__name__}: {error}") from error
 
 
 def load_vae(pipeline: Path, dtype: torch.dtype = torch.float32, variant: str = "") -> AutoencoderKL:
@@ -145,74 +150,3 @@ def replace_folder(temporary: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(temporary, final)
-
-
-def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """A scheduler whose single step starts at the conditioning timestep and ends at x0, so that a plain pipeline call
-    needs no `timesteps=`.
-
-    With betas it is the teacher's schedule cut off behind t_g: with trailing spacing one step starts at its last
-    timestep, which is t_g, and with `set_alpha_to_one` that step returns x0 itself. A flow's always starts at sigma = 1,
-    which is why that is a flow generator's only conditioning timestep.
-    """
-    config = read_json(Path(source) / "scheduler" / "scheduler_config.json")
-    if config["_class_name"] == FLOW:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"], shift=1.0)
-    full = DDIMScheduler.from_config(config)
-    return DDIMScheduler(
-        num_train_timesteps=timestep + 1,
-        trained_betas=full.betas[: timestep + 1].tolist(),
-        prediction_type=config.get("prediction_type", "epsilon"),
-        timestep_spacing="trailing",
-        steps_offset=1,  # not used by trailing spacing; SD's pipeline warns of any other value
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
-
-
-def _copy_part(source: Path, out: Path, variant: str) -> None:
-    """Copies one part of a pipeline: its weights (of the variant, under plain names) and all that is not weights."""
-    skip = shutil.ignore_patterns(
-        "*.safetensors*", "*.bin", "*.bin.index*.json", "*.ckpt", "*.onnx*", "*.msgpack", "*.h5", ".*"
-    )
-    shutil.copytree(source, out, ignore=skip)
-    stem = next((s for s in ("diffusion_pytorch_model", "model") if any(source.glob(f"{s}*.safetensors"))), None)
-    if stem is None:
-        return  # a tokenizer
-    files = weight_files(source, variant, stem)
-    variant = _variant_of(files, variant)
-    for file in files:
-        shutil.copyfile(file, out / (file.name.replace(f".{variant}", "") if variant else file.name))
-    index = source / variant_name(f"{stem}.safetensors.index.json", variant or "")
-    if len(files) > 1:
-        text = index.read_text()
-        (out / f"{stem}.safetensors.index.json").write_text(text.replace(f".{variant}", "") if variant else text)
-
-
-def write_one_step_pipeline(
-    source: Path, network: Path, timestep: int, out: Path, note: dict, variant: str = ""
-) -> None:
-    """Writes a pipeline folder with the denoiser of the folder `network`, all else from `source`, for one step at
-    `timestep`. Only the parts that model_index.json names are copied; a part that is not there (the hub's safety checker
-    is not fetched) is left out of the index.
-
-    `note` is kept as disback.json. Atomic: an existing pipeline at `out` is replaced as a whole.
-    """
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    index, own = read_json(source / "model_index.json"), family_of(source).part
-    for part in [name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None]:
-        if part == own:
-            _copy_part(network, temporary / own, variant)
-        elif part == "scheduler":
-            scheduler = one_step_scheduler(source, timestep)
-            scheduler.save_pretrained(temporary / part)
-            index[part] = ["diffusers", type(scheduler).__name__]
-        elif (source / part).is_dir():
-            _copy_part(source / part, temporary / part, variant)
-        else:
-            index[part] = [None, None]
-    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (temporary / NOTE).write_text(json.dumps({"conditioning_timestep": timestep, **note}, indent=2) + "\n")
-    replace_folder(temporary, out)

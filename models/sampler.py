@@ -7,16 +7,24 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor, nn
 
 from models.diffusion import Schedule
-from models.networks import generate, predict_guided
+from models.networks import predict_guided
 from models.pipeline import load_schedule, load_vae
+from models.student import Student
 from models.text import TextEncoder
 
 
-def image_noise(seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Starting noise [B, *shape] of images by number: image i is drawn from a CPU generator with seed + i, as
-    `torch.Generator("cpu").manual_seed(seed + i)` gives it to a diffusers pipeline, on every machine alike."""
-    draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed + i)) for i in indices]
-    return torch.stack(draws).to(device)
+class ImageNoise:
+    """Noise of images by number: image i draws from a CPU generator with seed + i, first its start and then the noise of
+    each later step, as a diffusers pipeline does with `torch.Generator("cpu").manual_seed(seed + i)`, on every machine
+    alike."""
+
+    def __init__(self, seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device):
+        self.generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
+        self.shape, self.device = shape, device
+
+    def draw(self) -> Tensor:
+        """The next noise of every image, [B, *shape]."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -68,10 +76,18 @@ class Sampler:
         return to_uint8(self.vae.decode(latents, return_dict=False)[0])
 
     @torch.no_grad()
-    def one_step(self, net: nn.Module, captions: list[str], z: Tensor, timestep: int) -> Tensor:
-        """uint8 images [B, 3, H, W] of a one-step generator from z [B, C, h, w]."""
+    def encode(self, images: Tensor, eps: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1], drawn from the autoencoder's posterior with the
+        standard normal eps [B, C, h, w]."""
+        posterior = self.vae.encode(images).latent_dist
+        return self.scaled(posterior.mean + posterior.std * eps)
+
+    @torch.no_grad()
+    def student(self, net: nn.Module, captions: list[str], noise: ImageNoise, timesteps: tuple[int, ...]) -> Tensor:
+        """uint8 images [B, 3, H, W] of a student that steps at `timesteps`."""
         cond = self.text.encode(captions, self.resolution)
-        return self.decode(generate(net, z, cond, self.schedule, timestep))
+        student = Student(self.schedule, timesteps)
+        return self.decode(student.trajectory(net, cond, lambda _: noise.draw(), len(timesteps))[-1])
 
     @torch.no_grad()
     def many_steps(self, net: nn.Module, captions: list[str], z: Tensor, steps: int, guidance_scale: float) -> Tensor:

@@ -90,7 +90,7 @@ def test_deepspeed_contradictions_are_refused(tmp_path):
     file.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         deepspeed_config(str(file), 1, 1, 0.0, "fp32", world(1))
-    with pytest.raises(UserError, match="known names: teacher, zero0"):
+    with pytest.raises(UserError, match="known names: teacher, teacher_node, zero0"):
         deepspeed_config("zero9", 1, 1, 0.0, "fp32", world(1))
 
 

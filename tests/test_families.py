@@ -17,7 +17,7 @@ from models.flops import forward_flops
 from models.miniature import MiniatureSettings, build_miniature
 from models.networks import generate, predict
 from models.pipeline import load_network
-from models.sampler import Sampler, image_noise
+from models.sampler import ImageNoise, Sampler
 from trainer.backtrack import backtrack
 from trainer.pretrain import pretrain
 from trainer.record import record
@@ -79,7 +79,7 @@ def test_both_stages(shards, world, pipelines, tmp_path, kind):
         PROMPTS, num_inference_steps=1, guidance_scale=0.0, generator=generators(), output_type="latent"
     ).images
     sampler = run.sampler(pipeline)
-    z = image_noise(5, [0, 1], sampler.latent_shape, CPU)
+    z = ImageNoise(5, [0, 1], sampler.latent_shape, CPU).draw()
     cond = sampler.text.encode(PROMPTS, sampler.resolution)
     with torch.no_grad():
         ours = generate(load_network(folder / family.part).eval(), z, cond, sampler.schedule, timestep)
@@ -107,7 +107,7 @@ def test_teacher_samples_as_in_diffusers(pipelines, tmp_path, case):
         file.write_text(json.dumps(index))
     sampler = Sampler.load(folder, 8, torch.float32, CPU)
     network = load_network(folder / family_of(folder).part).eval()
-    z = image_noise(5, [0, 1], sampler.latent_shape, CPU)
+    z = ImageNoise(5, [0, 1], sampler.latent_shape, CPU).draw()
     ours = sampler.many_steps(network, PROMPTS, z, 4, 5.0).permute(0, 2, 3, 1)
     pipe = plain(folder, **parts)
     theirs = pipe(PROMPTS, num_inference_steps=4, guidance_scale=5.0, generator=generators(), output_type="pt").images

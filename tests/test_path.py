@@ -9,20 +9,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from models.pipeline import load_network
+from models.pipeline import empty_network, load_network
 from trainer.backtrack import Backtracking
 from trainer.engines import Role, deepspeed_config
 from trainer.errors import UserError
 from trainer.path import file_hash, open_path
 from trainer.record import record
 from trainer.run import Run
-from trainer.weights import read_folder
 
 
 def opened(root, world, path=None, **changes):
     run = Run(support.tiny(root, "x", *[f"{k}={v}" for k, v in changes.items()]), world)
     folders = path or run.settings.path_folder, run.teacher_folder, run.start_folder
-    return open_path(*folders, run.settings.conditioning_timestep, world)
+    return open_path(*folders, run.settings.student_timesteps, world)
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def test_nodes_into_a_frozen_engine_in_place(root, world, tmp_path, config):
     name = support.sharded_zero3(tmp_path) if config == "sharded" else config
     teacher, node = root / "base" / "pipeline" / "unet", root / "base" / "path" / "node-0002"
     settings = deepspeed_config(name, 2, 1, 0.0, "fp32", world)
-    role = Role("teacher", load_network(teacher), settings, world)
+    role = Role("teacher", empty_network(teacher), settings, world, folder=teacher)
     rng = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([10, 700])
     states, added = (
@@ -145,11 +144,11 @@ def test_nodes_into_a_frozen_engine_in_place(root, world, tmp_path, config):
 
     before = output(role).clone()
     assert torch.allclose(before, output(load_network(teacher).eval()), atol=1e-6)
-    role.write(read_folder(role.slices, node))
+    role.weights.write(role.weights.read(node))
     expected = output(load_network(node).eval())
     assert not torch.allclose(before, expected, atol=1e-3)
     assert torch.allclose(output(role), expected, atol=1e-6)
-    role.write(read_folder(role.slices, teacher))
+    role.weights.write(role.weights.read(teacher))
     assert torch.equal(output(role), before)
     whole = role.state_dict()
     assert all(torch.equal(whole[k], v) for k, v in load_network(teacher).state_dict().items())

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from data.digits import PHRASINGS, caption
 from models.checks import check_pipeline
 from models.errors import ModelError
+from models.export import one_step_scheduler
 from models.miniature import MiniatureSettings, build_miniature
-from models.pipeline import load_network, one_step_scheduler, weights_hash
+from models.pipeline import load_network, weights_hash
 from models.tokenizer import clip_tokenizer
 from trainer.backtrack import backtrack
 from trainer.run import Run
 from trainer.source import find_source
-from trainer.weights import Slice, read_folder, save_folder
+from trainer.weights import Weights, save_folder
 
 TEXTS = ["a handwritten seven", "It's   the DIGIT 7!", "naïve café 北京", "x" * 40, ""]
 
@@ -61,7 +62,7 @@ def test_captions_of_different_digits_lie_apart():
             assert float(gaps[~torch.eye(10, dtype=bool)].min()) > 0.05 * typical
 
 
-def test_strict_loading(root, tmp_path):
+def test_strict_loading(root, world, tmp_path):
     source = root / "base" / "pipeline" / "unet"
     load_network(source)
     state = load_file(source / "diffusion_pytorch_model.safetensors")
@@ -88,9 +89,8 @@ def test_strict_loading(root, tmp_path):
         with pytest.raises(ModelError, match=str(folder)):
             load_network(folder)
         unet = load_network(source)
-        slices = [Slice(k, p, None) for k, p in unet.named_parameters()]
         with pytest.raises(ModelError, match=str(folder)):
-            read_folder(slices, folder)
+            Weights(unet, world).read(folder)
         assert all(torch.equal(v, state[k]) for k, v in unet.state_dict().items())
     (tmp_path / "missing" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(ModelError):

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from models.checks import check_fit, check_pipeline
 from models.errors import ModelError
+from models.export import write_student_pipeline
 from models.miniature import MiniatureSettings, build_miniature
-from models.pipeline import load_network, load_text, weight_files, weights_hash, write_one_step_pipeline
+from models.pipeline import load_network, load_text, weight_files, weights_hash
 from trainer.backtrack import backtrack
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -92,16 +93,19 @@ def test_missing_parts_are_named(whole, tmp_path, kind, name):
 
 def test_settings_that_do_not_fit(whole):
     """The autoencoder halves the side; the transformer's patches halve it again, and it has 2 x 2 positions."""
-    check_fit(whole["sd15"], 10, 399), check_fit(whole["sd3"], 8, 1000)
-    for kind, resolution, timestep, words in (
-        ("sd15", 9, 399, "data.resolution=9 is not a multiple of 2 .* use 8"),
-        ("sd3", 10, 1000, "data.resolution=10 is not a multiple of 4"),
-        ("sd3", 12, 1000, "at most 8 pixels"),
-        ("sd15", 8, 1000, "timesteps up to 999"),
-        ("sd3", 8, 399, "set conditioning_timestep=1000"),
+    check_fit(whole["sd15"], 10, (399,)), check_fit(whole["sd3"], 8, (1000,))
+    check_fit(whole["sd15"], 8, (999, 749, 499, 249))
+    for kind, resolution, timesteps, words in (
+        ("sd15", 9, (399,), "data.resolution=9 is not a multiple of 2 .* use 8"),
+        ("sd3", 10, (1000,), "data.resolution=10 is not a multiple of 4"),
+        ("sd3", 12, (1000,), "at most 8 pixels"),
+        ("sd15", 8, (1000,), "timesteps up to 999"),
+        ("sd3", 8, (399,), "set conditioning_timestep=1000"),
+        ("sd15", 8, (1000, 500), r"student_timesteps=\[1000, 500\]: .*timesteps up to 999"),
+        ("sd3", 8, (1000, 500), r"student_timesteps=\[1000, 500\]: .* is a flow.*student_timesteps=\[\]"),
     ):
         with pytest.raises(ModelError, match=words):
-            check_fit(whole[kind], resolution, timestep)
+            check_fit(whole[kind], resolution, timesteps)
 
 
 def test_nothing_is_made_of_a_pipeline_that_does_not_fit(shards, whole, tmp_path):
@@ -143,7 +147,7 @@ def test_variants(whole, tmp_path, shard):
     assert (len(weight_files(unet, "fp16")) > 1) == (shard == "200KB")
     with pytest.raises(ModelError, match="no diffusion_pytorch_model.safetensors"):
         weight_files(unet)
-    check_fit(check_pipeline(folder, "fp16"), 8, 399, "fp16")
+    check_fit(check_pipeline(folder, "fp16"), 8, (399,), "fp16")
     assert all(".fp16" in f.name for f in weight_files(unet, "fp16"))
     expected = half.unet.state_dict()
     loaded = load_network(unet, variant="fp16").state_dict()
@@ -151,7 +155,7 @@ def test_variants(whole, tmp_path, shard):
     digest = weights_hash(unet, "fp16")
     text = load_text(folder, torch.float32, CPU, "fp16").text_encoder.state_dict()
     assert all(torch.equal(v, half.text_encoder.state_dict()[k].float()) for k, v in text.items())
-    write_one_step_pipeline(folder, whole["sd15"] / "unet", 399, tmp_path / "out", {}, "fp16")
+    write_student_pipeline(folder, whole["sd15"] / "unet", (399,), tmp_path / "out", {}, "fp16")
     assert not list((tmp_path / "out").rglob("*fp16*"))
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert all(torch.equal(v, half.vae.state_dict()[k].float()) for k, v in pipe.vae.float().state_dict().items())
@@ -160,7 +164,7 @@ def test_variants(whole, tmp_path, shard):
         shutil.copy(file, unet)
     assert weights_hash(unet, "fp16") == digest != weights_hash(unet) == weights_hash(whole["sd15"] / "unet")
     with pytest.raises(ModelError, match=r"variant=bf16: .*no diffusion_pytorch_model.bf16.safetensors"):
-        check_fit(folder, 8, 399, "bf16")
+        check_fit(folder, 8, (399,), "bf16")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`disback export`: a checkpoint as a diffusers pipeline that makes an image in one step."""
+"""`disback export`: a checkpoint as a diffusers pipeline that makes an image in one step, or in the student's."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from trainer.backtrack import export_generator
 from trainer.command import run_verb
 from trainer.errors import UserError
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
+from trainer.shelf import WEIGHTS
 
 
 def export(run: Run) -> None:
@@ -24,15 +24,15 @@ def export(run: Run) -> None:
     out = Path(settings.out) if settings.out else run.folder / "generator"
     if run.world.main:
         try:
-            export_generator(run, weights, out, {"checkpoint": name, "weights": "ema"})
+            call = export_generator(run, weights, out, {"checkpoint": name, "weights": "ema"})
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}: choose another folder with --out") from error
-        print(f"{out}: DiffusionPipeline.from_pretrained('{out}')(prompt, num_inference_steps=1, guidance_scale=0.0)")
+        print(f"{out}: pipe = DiffusionPipeline.from_pretrained('{out}'); {call}")
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = {"--checkpoint": ("export.checkpoint", "NAME"), "--out": ("export.out", "DIR")}
-    return run_verb("export", "Writes a one-step diffusers pipeline of a checkpoint.", export, argv, flags)
+    return run_verb("export", "Writes a diffusers pipeline of a checkpoint.", export, argv, flags)
 
 
 if __name__ == "__main__":

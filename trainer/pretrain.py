@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from data.order import Split
 from models.conditioning import image_time_ids
 from models.ema import Ema
 from models.families import family_of
@@ -21,8 +21,8 @@ from trainer.command import run_verb
 from trainer.distributed import barrier
 from trainer.loop import train
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
 from trainer.schedules import learning_rate
+from trainer.shelf import WEIGHTS
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
 from trainer.weights import save_folder
@@ -43,18 +43,12 @@ class Pretraining(TrainStage):
         self.flops = 3 * flops * self.micro * settings.accumulation
         self.ema = Ema(self.teacher.local(), settings.ema)
 
-    def _latents(self, images: Tensor, step: int, index: list[int]) -> Tensor:
-        """Scaled latents of images, drawn from the autoencoder's posterior."""
-        vae = self.sampler.vae
-        with torch.no_grad():
-            posterior = vae.encode(images.to(self.world.device, non_blocking=True)).latent_dist
-        eps = self.noise.normal("posterior", step, index, tuple(posterior.mean.shape[1:]))
-        return self.sampler.scaled(posterior.mean + posterior.std * eps)
-
     def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         for batch in self.micro_batches(meters):
-            x0 = self._latents(batch.images, step, batch.index)
+            images = batch.images.to(self.world.device, non_blocking=True)
+            posterior = self.noise.normal("posterior", step, batch.index, self.sampler.latent_shape)
+            x0 = self.sampler.encode(images, posterior)
             resolution = self.run.settings.data.resolution
             time_ids = image_time_ids(batch.original_sizes, batch.crops, resolution).to(self.world.device)
             cond = self.sampler.text.encode(batch.captions, time_ids)
@@ -73,7 +67,7 @@ class Pretraining(TrainStage):
 
     def preview(self) -> Tensor:
         settings = self.run.settings.sample
-        z = self.preview_noise(self.sampler.latent_shape)
+        z = self.preview_noise(self.sampler.latent_shape).draw()
         with self.teacher.averaged(self.ema):
             images = self.sampler.many_steps(
                 self.teacher, self.preview_captions(), z, settings.steps, settings.guidance_scale
@@ -82,19 +76,22 @@ class Pretraining(TrainStage):
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
-            with self.teacher.averaged(self.ema):
-                state = self.teacher.state_dict()
+            state = self.teacher.state_dict(self.ema, self.run.dtype)
             if state is not None:
                 save_folder(state, self.teacher.config, folder, self.run.dtype)
 
         return write
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"ema": self.ema.state_dict()}
+        return super().state_dict() | {"ema": self.average_state(self.ema, self.teacher)}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
+
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        average = self.regroup_average([s["ema"] for s in states], self.ema, self.teacher)
+        return super().regroup(states, saved) | {"ema": average}
 
 
 def _start(run: Run, folder: Path) -> Path:

@@ -44,7 +44,7 @@ class Run:
         the settings. Every rank must ask for it first at the same time. Raises UserError and ModelError."""
         name = self.settings.pipeline
         folder = self.fetched(name, "pipeline") if name else self.folder / "pipeline"
-        return self.checked(folder, self.settings.conditioning_timestep)
+        return self.checked(folder, self.settings.student_timesteps)
 
     def require_pipeline(self) -> None:
         """For the start of a verb: fetches and checks the teacher's pipeline before anything is made of it."""
@@ -60,10 +60,10 @@ class Run:
         """The weights folder that the generator starts from."""
         return Path(self.settings.generator_start) if self.settings.generator_start else self.teacher_folder
 
-    def checked(self, folder: Path, timestep: int | None = None) -> Path:
-        """The pipeline folder, if it is whole and fits the settings and the conditioning timestep. Raises ModelError."""
+    def checked(self, folder: Path, timesteps: tuple[int, ...] = ()) -> Path:
+        """The pipeline folder, if it is whole and fits the settings and a student's timesteps. Raises ModelError."""
         s = self.settings
-        check_fit(check_pipeline(folder, s.variant), s.data.resolution, timestep, s.variant)
+        check_fit(check_pipeline(folder, s.variant), s.data.resolution, timesteps, s.variant)
         return folder
 
     def fetched(self, pipeline: str, key: str) -> Path:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data.config import DataConfig
+from models.gan import GanSettings
 from models.miniature import MiniatureSettings
 from trainer.health import HealthSettings
 from trainer.loop import LoopSettings
@@ -26,6 +27,31 @@ class TrainSettings(Strict):
     accumulation: int = Field(1, ge=1)
     clip: float = Field(10.0, ge=0)
     loop: LoopSettings = LoopSettings()
+
+
+class NetworkSettings(Strict):
+    """How the networks of training stages compute; nothing here changes what they compute. attention: the kernel; "auto"
+    takes the first that runs on this device and the network's shapes, and the log says why each other one does not.
+    checkpointing: trained networks keep the inputs of their blocks only and compute the rest again in the backward pass:
+    about a third more time, several times less memory for activations. channels_last: memory format of convolutions, for
+    frozen roles at zero0 only (DeepSpeed keeps all other weights flat). compile: torch.compile of each repeated block, up
+    to ZeRO-2; the first steps then take minutes. tf32: what is float32 on an NVIDIA GPU (decoder, `precision: fp32`)
+    multiplies in TF32."""
+
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
+    checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    tf32: bool = True
+
+
+class LoraSettings(Strict):
+    """Low-rank training of generator and fake score: `plan` counts it, training with it is refused for now. rank: 0 trains
+    all weights. alpha: null is the rank. targets: names of the layers that get matrices."""
+
+    rank: int = Field(0, ge=0)
+    alpha: float | None = None
+    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class AutoencoderSettings(TrainSettings):
@@ -73,7 +99,10 @@ class RecordSettings(TrainSettings):
 class BacktrackSettings(TrainSettings):
     """Stage 2. path: "walk" is the method, "warm" starts the fake score at the far node but keeps the teacher as the
     target, "none" is plain distillation. fake_updates: fake-score updates a generator update; a step is one fake-score
-    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones."""
+    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones.
+    student_timesteps: falling timesteps of a student of several steps, such as [999, 749, 499, 249]; empty: one step at
+    `conditioning_timestep`. generator_split: pieces that a micro-batch is cut into for the generator's turn, for memory;
+    the result is the same."""
 
     steps: int = Field(24_000, ge=1)
     batch: int = Field(128, ge=1)
@@ -82,6 +111,8 @@ class BacktrackSettings(TrainSettings):
     walk: WalkSettings = WalkSettings()
     fake_updates: int = Field(5, ge=1)
     reuse_x0: bool = False
+    student_timesteps: list[int] = []
+    generator_split: int = Field(1, ge=1)
     guidance_scale: float = 8.0
     timesteps: tuple[float, float] = (0.02, 0.98)
     generator: OptimizerSettings = OptimizerSettings(lr=5e-7)
@@ -90,6 +121,13 @@ class BacktrackSettings(TrainSettings):
     teacher_ds_config: str = "zero0"
     generator_ds_config: str = "zero1"
     fake_score_ds_config: str = "zero1"
+
+    @field_validator("student_timesteps")
+    @classmethod
+    def _falling(cls, value: list[int]) -> list[int]:
+        if any(t < 1 for t in value) or value != sorted(set(value), reverse=True):
+            raise ValueError(f"{value} must fall from step to step and stay above 0")
+        return value
 
 
 class SampleSettings(Strict):
@@ -154,10 +192,13 @@ class RunSettings(Strict):
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
     timestep_shift: float = Field(1.0, gt=0)
+    network: NetworkSettings = NetworkSettings()
     data: DataConfig = DataConfig()
+    lora: LoraSettings = LoraSettings()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()
     backtrack: BacktrackSettings = BacktrackSettings()
+    gan: GanSettings = GanSettings()
     sample: SampleSettings = SampleSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
@@ -167,6 +208,11 @@ class RunSettings(Strict):
     @property
     def folder(self) -> Path:
         return Path(self.run)
+
+    @property
+    def student_timesteps(self) -> tuple[int, ...]:
+        """Timesteps of the generator's steps: one for the one-step generator."""
+        return tuple(self.backtrack.student_timesteps) or (self.conditioning_timestep,)
 
     @property
     def path_folder(self) -> Path:

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from models.checks import check_fit, check_pipeline
 from models.families import family_of
 from models.pipeline import NOTE, load_network
-from models.sampler import Sampler, image_noise
+from models.sampler import ImageNoise, Sampler
 from trainer.errors import UserError
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
+from trainer.shelf import WEIGHTS
 
 
 @dataclass(frozen=True)
 class Source:
     """name: for folders of results. weights: the denoiser's folder. pipeline: where text encoders, decoder and schedule
-    are. timestep: the conditioning timestep of a one-step generator, None for a diffusion model."""
+    are. timesteps: of a student's steps (one: the conditioning timestep), None for a diffusion model."""
 
     name: str
     weights: Path
     pipeline: Path
-    timestep: int | None
+    timesteps: tuple[int, ...] | None
 
     def open(self, run: Run) -> "OpenSource":
         variant = run.settings.variant
@@ -41,16 +41,16 @@ class OpenSource:
 
     def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
         """uint8 images [B, 3, H, W]; image i is a function of its caption and seed + i."""
-        z = image_noise(seed, indices, self.sampler.latent_shape, self.run.world.device)
-        if self.source.timestep is not None:
-            return self.sampler.one_step(self.network, captions, z, self.source.timestep)
+        noise = ImageNoise(seed, indices, self.sampler.latent_shape, self.run.world.device)
+        if self.source.timesteps is not None:
+            return self.sampler.student(self.network, captions, noise, self.source.timesteps)
         settings = self.run.settings.sample
-        return self.sampler.many_steps(self.network, captions, z, settings.steps, settings.guidance_scale)
+        return self.sampler.many_steps(self.network, captions, noise.draw(), settings.steps, settings.guidance_scale)
 
 
 def find_source(run: Run, what: str) -> Source:
     """The source that a user names. Raises UserError if there is no such thing."""
-    timestep = run.settings.conditioning_timestep
+    timesteps = run.settings.student_timesteps
     if what == "generator":
         folder = run.folder / "generator"
         if not (folder / "model_index.json").exists():
@@ -61,17 +61,17 @@ def find_source(run: Run, what: str) -> Source:
     if what == "teacher":
         return Source("teacher", run.teacher_folder, run.pipeline_folder, None)
     if what == "start":
-        return Source("start", run.start_folder, run.pipeline_folder, timestep)
+        return Source("start", run.start_folder, run.pipeline_folder, timesteps)
     checkpoint = run.folder / "backtrack" / "checkpoints" / what / WEIGHTS
     if checkpoint.is_dir():
-        return Source(what, checkpoint, run.pipeline_folder, timestep)
+        return Source(what, checkpoint, run.pipeline_folder, timesteps)
     folder = Path(what)
     if (folder / "model_index.json").exists():
         return _pipeline(folder, folder.resolve().name)
     if (folder / WEIGHTS / "config.json").exists():  # a checkpoint by its path
-        return Source(folder.resolve().name, folder / WEIGHTS, run.pipeline_folder, timestep)
+        return Source(folder.resolve().name, folder / WEIGHTS, run.pipeline_folder, timesteps)
     if (folder / "config.json").exists():
-        return Source(folder.resolve().name, folder, run.pipeline_folder, timestep)
+        return Source(folder.resolve().name, folder, run.pipeline_folder, timesteps)
     known = sorted(p.parent.name for p in (run.folder / "backtrack" / "checkpoints").glob(f"step-*/{WEIGHTS}"))
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'none there'}), a "
@@ -81,5 +81,5 @@ def find_source(run: Run, what: str) -> Source:
 
 def _pipeline(folder: Path, name: str) -> Source:
     note = folder / NOTE
-    timestep = json.loads(note.read_text()).get("conditioning_timestep") if note.exists() else None
-    return Source(name, folder / family_of(folder).part, folder, timestep)
+    timesteps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
+    return Source(name, folder / family_of(folder).part, folder, tuple(timesteps) if timesteps else None)

@@ -1,19 +1,28 @@
 """What the training stages share besides the loop: data, text states, noise, counts."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
-from models.pipeline import load_network
-from models.sampler import image_noise
+from data.order import Split
+from models.attention import attention_shapes, choose, install, prefer, report
+from models.ema import Ema
+from models.kernels import channels_last, compile_blocks, set_tf32
+from models.networks import predict
+from models.pipeline import empty_network
+from models.sampler import ImageNoise, Sampler
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
+from trainer.errors import UserError
+from trainer.regroup import reslice
 from trainer.run import Run
 from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
@@ -23,37 +32,92 @@ PREVIEW = 32
 
 
 class TrainStage:
-    """The base of pretraining, recording and backtracking; see trainer.loop.Stage for the contract."""
+    """The base of pretraining, recording and backtracking; see trainer.loop.Stage for the contract. A stage has its
+    sampler before its first role."""
 
     flops = 0.0
+    sampler: Sampler
+    needs: Sequence[str] = ()
 
     def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
+        if run.settings.lora.rank:
+            raise UserError(f"lora.rank={run.settings.lora.rank}: {name} trains all weights only: set lora.rank=0")
         self.steps, self.batch = settings.steps, settings.batch
         self.micro = micro_batch(settings.batch, settings.accumulation, run.world, where or name)
         self.dataset = run.dataset("train", ("image", "caption") if images else ("caption",))
         if self.dataset.rejected:
             log.warning(f"{name}: left out of the shards: {dict(self.dataset.rejected)}")
+        self.split = Split(run.world.size, self.micro, settings.accumulation)
         self.noise = run.noise(name)
         self.skipped = Counter()
         self.roles: dict[str, Role] = {}
-        # What may differ between a run and its resumption: how long it trains and what it shows.
-        private = settings.model_dump(mode="json", exclude={"loop", "steps"})
-        self.identity = {f"{name}.{k}": v for k, v in private.items()}
+        self.attention = ""  # the kernel that was chosen, by the first role
+        self.chosen = ExitStack()  # what holds for the whole process while the stage lives
+        set_tf32(run.settings.network.tf32)
+        # What may differ between a run and its resumption: how long it trains, what it shows, and how it is spread over
+        # processes.
+        private = settings.model_dump(mode="json", exclude={"loop", "steps", "accumulation", "generator_split"})
+        self.identity = {f"{name}.{k}": v for k, v in private.items() if not k.endswith("ds_config")}
         self.identity |= {"timestep_shift": run.settings.timestep_shift}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
-    def role(self, name: str, folder: Path, ds_config: str, optimizer: OptimizerSettings | None = None) -> Role:
+    def role(
+        self,
+        name: str,
+        folder: Path,
+        ds_config: str,
+        optimizer: OptimizerSettings | None = None,
+        split: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> Role:
         """The network of a weights folder as a role under DeepSpeed: trained with an optimizer's settings, frozen
-        without."""
+        without.
+
+        split: pieces that a micro-batch is cut into for this role's training. wrap: what is made of the loaded network,
+        such as a Discriminator.
+        """
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
-        precision = self.run.settings.precision
-        config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, precision, self.world)
-        network = load_network(folder, variant=self.run.settings.variant)
-        state = network.state_dict()
-        log.info(f"{name}: all {len(state)} tensors, {sum(map(torch.numel, state.values())):,} numbers, of {folder}")
-        self.roles[name] = role = Role(name, network, config, self.world, optimizer)
+        micro, accumulation = self.micro // split, settings.accumulation * split
+        config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world)
+        network = empty_network(folder)
+        wanted, stage = self.run.settings.network, config["zero_optimization"]["stage"]
+        if wanted.checkpointing and optimizer:
+            network.enable_gradient_checkpointing()
+        self._choose_kernels(network)
+        if wanted.compile:
+            if stage == 3:
+                raise UserError(
+                    f"network.compile=true does not go with ZeRO-3 ({name}: {ds_config}), which gathers weights inside "
+                    "the compiled blocks: use zero0, zero1 or zero2, or network.compile=false"
+                )
+            log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
+        variant = self.run.settings.variant
+        self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder, wrap, variant)
+        if wanted.channels_last:
+            if stage == 0 and not optimizer:
+                channels_last(role.module)
+            else:
+                log.warning(f"{name}: network.channels_last is left out: DeepSpeed keeps these weights flat")
         return role
+
+    def _choose_kernels(self, network: nn.Module) -> None:
+        """Chooses the attention kernel at the first network, by trying, and gives it to the network. Raises
+        ModelError."""
+        device, dtype = self.world.device, self.run.dtype
+        if not self.attention:
+            cond = self.sampler.text.encode([""], self.sampler.resolution).map(lambda v: v.to("meta"))
+            x = torch.empty(1, *self.sampler.latent_shape, device="meta")
+            t = torch.zeros(1, dtype=torch.long, device="meta")
+            shapes = attention_shapes(network, lambda twin: predict(twin, x, t, cond))
+            self.attention, others = choose(self.run.settings.network.attention, tuple(shapes), dtype, device)
+            self.chosen.enter_context(prefer(self.attention, device))
+            for line in report(self.attention, others, shapes, dtype):
+                log.info(line)
+        if not install(network, self.attention):
+            log.info(
+                f"attention: {type(network).__name__} keeps the processors of diffusers, which call the same kernel"
+            )
 
     def begin(self, step: int) -> None:
         """Opens the data at a step."""
@@ -78,8 +142,8 @@ class TrainStage:
             return [prompts[i % len(prompts)] for i in range(PREVIEW)]
         return [self.dataset[i % len(self.dataset)]["caption"] for i in range(PREVIEW)]
 
-    def preview_noise(self, shape: tuple[int, int, int]) -> Tensor:
-        return image_noise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
+    def preview_noise(self, shape: tuple[int, int, int]) -> ImageNoise:
+        return ImageNoise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
 
     def grid(self, images: Tensor) -> Tensor:
         """uint8 images [N, 3, H, W] to one grid [3, H', W'], small images enlarged without smoothing."""
@@ -93,7 +157,7 @@ class TrainStage:
         trained = {name: role for name, role in self.roles.items() if role.trained}
         values["skipped_updates"] = sum(role.skipped_updates() for role in trained.values())
         ratios = torch.stack([role.update_ratio() for role in trained.values()])
-        ratios = mean_over_ranks(ratios, self.world).tolist()
+        ratios = [None if math.isnan(r) else r for r in mean_over_ranks(ratios, self.world).tolist()]
         return values | {f"update_ratio/{name}": ratio for name, ratio in zip(trained, ratios, strict=True)}
 
     def preview(self) -> Tensor | None:
@@ -111,13 +175,34 @@ class TrainStage:
         for name, watched in state["watched"].items():
             self.roles[name].load_watch_state(watched)
 
-    def saved(self) -> None:
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        """See trainer.loop.Stage. What is counted on every rank is added up on rank 0: the metrics sum over ranks."""
+        skipped = Counter()
+        for state in states if self.world.main else ():
+            skipped.update(state["skipped"])
+        # The weights that an update ratio compares with may be another rank's now: the next line has none.
+        watched = {name: watch | {"probe": None} for name, watch in states[0]["watched"].items()}
+        return states[0] | {"skipped": dict(skipped), "watched": watched}
+
+    def average_state(self, ema: Ema, role: Role) -> dict:
+        """The average of a role's weights, and which elements of each weight this rank has."""
+        return ema.state_dict() | {"ranges": role.ranges()}
+
+    def regroup_average(self, states: list[dict], ema: Ema, role: Role) -> dict:
+        """This rank's average, from the `average_state`s of all ranks of a run that was cut otherwise."""
+        ranges = role.ranges()
+        flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], ranges)
+        shadow = [v.view(mine.shape) for v, mine in zip(flat, ema.shadow, strict=True)]
+        return states[0] | {"shadow": shadow, "ranges": ranges}
+
+    def saved(self, needed: set[str]) -> None:
         pass
 
     def close(self) -> None:
         if hasattr(self, "batches"):
             self.batches.close()
         self.dataset.close()
+        self.chosen.close()
 
 
 def enlarge(images: Tensor, factor: int) -> Tensor:

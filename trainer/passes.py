@@ -1,0 +1,30 @@
+"""Network passes of a backtracking step, counted: a pure function of the settings."""
+
+from models.gan import GanSettings
+from trainer.settings import BacktrackSettings
+
+
+def sample_passes(steps: int) -> float:
+    """Average forward passes that make one sample of a student with `steps` steps: its step is drawn uniformly and the
+    ones before it are simulated."""
+    return (steps + 1) / 2
+
+
+def step_flops(
+    settings: BacktrackSettings, gan: GanSettings, forward: float, judging: float = 0.0, head: float = 0.0
+) -> float:
+    """FLOP a sample of an average step (one fake-score update and its share of a generator turn).
+
+    forward: of one pass of the network; judging: of its encoder with the GAN head; head: of the head alone. A backward
+    pass is twice its forward pass, and as much as it where only the input's gradient is wanted. Text encoders and
+    autoencoder are not counted.
+    """
+    sampling = sample_passes(len(settings.student_timesteps) or 1) * forward
+    guided = 1 if settings.guidance_scale == 1 else 2
+    turn = sampling + 2 * forward + guided * forward + forward  # generator and its backward pass, target, fake score
+    update = 3 * forward
+    if gan.enabled:
+        turn += judging + head if gan.shared_pass else 2 * judging  # the head, and back to the sample
+        update += 3 * judging + 3 * (head if gan.shared_pass else judging)  # real and generated samples
+    fresh = 0 if settings.reuse_x0 else (settings.fake_updates - 1) * sampling
+    return (turn + settings.fake_updates * update + fresh) / settings.fake_updates
