@@ -50,7 +50,7 @@ def build(root: Path, width: int) -> int:
 
 def work(root: Path, steps: int, precision: str) -> None:
     """One rank: loading alone, then both stages; prints a line each."""
-    from models.pipeline import empty_unet
+    from models.pipeline import empty_network
     from trainer.backtrack import backtrack
     from trainer.configfile import load_settings
     from trainer.distributed import barrier, finish, start
@@ -84,7 +84,7 @@ def work(root: Path, steps: int, precision: str) -> None:
 
     folder = root / "pipeline" / "unet"
     config = deepspeed_config("teacher", 1, 1, 0.0, precision, world)
-    role = measured("load a frozen role", lambda: Role("teacher", empty_unet(folder), config, world, folder=folder))
+    role = measured("load a frozen role", lambda: Role("teacher", empty_network(folder), config, world, folder=folder))
     del role
     measured("record", lambda: record(run))
     measured("backtrack", lambda: backtrack(run))

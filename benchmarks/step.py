@@ -22,7 +22,7 @@ from data.writer import write_shards
 from models.diffusion import Schedule
 from models.miniature import MiniatureSettings, build_miniature
 from models.networks import predict
-from models.pipeline import load_unet
+from models.pipeline import load_network
 from models.text import TextEncoder
 from trainer.backtrack import Backtracking
 from trainer.distributed import finish, start
@@ -74,7 +74,7 @@ class Minimal:
     """The same cycle with nothing around it: plain modules, torch's optimizer, one batch in memory."""
 
     def __init__(self, root: Path, schedule: Schedule, shape: tuple[int, int, int]):
-        self.networks = [load_unet(root / "pipeline" / "unet") for _ in range(3)]
+        self.networks = [load_network(root / "pipeline" / "unet") for _ in range(3)]
         self.teacher, self.generator, self.fake = self.networks
         self.teacher.requires_grad_(False)
         self.text = TextEncoder(root / "pipeline", torch.float32, torch.device("cpu"))

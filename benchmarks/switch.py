@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 
 from models.conditioning import Conditioning
 from models.networks import predict, predict_guided
-from models.pipeline import empty_unet
+from models.pipeline import empty_network
 from trainer.distributed import World, barrier, finish, from_main, start
 from trainer.engines import Role, deepspeed_config
 from trainer.schedules import OptimizerSettings
@@ -56,8 +56,8 @@ def measure(root: Path, world: World, name: str) -> float:
     )
     frozen = deepspeed_config(name, 1, 1, 0.0, "fp32", world)
     trained = deepspeed_config("zero2", 1, 1, 0.0, "fp32", world)
-    teacher = Role("teacher", empty_unet(root / "one"), frozen, world, folder=root / "one")
-    student = Role("generator", empty_unet(root / "one"), trained, world, OptimizerSettings(lr=1e-6), root / "one")
+    teacher = Role("teacher", empty_network(root / "one"), frozen, world, folder=root / "one")
+    student = Role("generator", empty_network(root / "one"), trained, world, OptimizerSettings(lr=1e-6), root / "one")
     reader = ReadAhead(teacher.weights, world.device)
 
     def timed(call) -> float:

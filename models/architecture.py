@@ -1,16 +1,28 @@
 """What a pipeline is made of, without weights: from a local folder's configurations, or from the package for known hub ids."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedConfig,
+    T5Config,
+    T5EncoderModel,
+)
 
 from models.errors import ModelError
+from models.families import Family, family_of, network_family, read_json
 
+TEXT_ENCODERS: dict[str, tuple[type, type[PreTrainedConfig]]] = {
+    "CLIPTextModel": (CLIPTextModel, CLIPTextConfig),
+    "CLIPTextModelWithProjection": (CLIPTextModelWithProjection, CLIPTextConfig),
+    "T5EncoderModel": (T5EncoderModel, T5Config),
+}
 FACTS = Path(__file__).resolve().parent / "architectures"
 HUB = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
@@ -24,7 +36,8 @@ class Architecture:
     """The configurations of a pipeline's parts, as their JSON files have them."""
 
     name: str
-    unet: dict
+    family: Family
+    denoiser: dict
     vae: dict
     text_encoders: tuple[dict, ...]
     scheduler: dict
@@ -36,7 +49,7 @@ class Architecture:
 
     @property
     def tokens(self) -> int:
-        return self.text_encoders[0]["max_position_embeddings"]
+        return self.text_encoders[0]["max_position_embeddings"] + self.family.more_tokens
 
     @cached_property
     def text_parameters(self) -> int:
@@ -44,9 +57,8 @@ class Architecture:
         count = 0
         with torch.device("meta"):
             for config in self.text_encoders:
-                projected = config["architectures"][0] == "CLIPTextModelWithProjection"
-                kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-                count += sum(p.numel() for p in kind(CLIPTextConfig.from_dict(config)).parameters())
+                kind, settings = TEXT_ENCODERS[config["architectures"][0]]
+                count += sum(p.numel() for p in kind(settings.from_dict(config)).parameters())
         return count
 
     @cached_property
@@ -56,29 +68,25 @@ class Architecture:
 
 
 def find_architecture(pipeline: str) -> Architecture:
-    """The architecture of a pipeline folder or of a known hub id. Raises ModelError naming the known ids."""
-    folder = Path(pipeline)
+    """The architecture of a pipeline folder or of a known hub id (with any @REVISION: nothing is fetched). Raises
+    ModelError naming the known ids."""
+    folder, known = Path(pipeline), HUB.get(pipeline.partition("@")[0])
     if (folder / "model_index.json").is_file():
-        parts = [folder / "unet" / "config.json", folder / "vae" / "config.json"]
-        encoders = [folder / name / "config.json" for name in ("text_encoder", "text_encoder_2")]
+        family = family_of(folder)
+        denoiser, vae = (read_json(folder / part / "config.json") for part in (family.part, "vae"))
+        encoders = [folder / f"text_encoder{number}" / "config.json" for number in ("", "_2", "_3")]
         schedule = folder / "scheduler" / "scheduler_config.json"
-    elif pipeline in HUB:
-        folder = FACTS / HUB[pipeline]
-        parts = [folder / "unet.json", folder / "vae.json"]
-        encoders = [folder / name for name in ("text_encoder.json", "text_encoder_2.json")]
+        network_family(denoiser, f"{folder / family.part}")
+    elif known:
+        folder = FACTS / known
+        denoiser, vae = (read_json(folder / name) for name in ("unet.json", "vae.json"))
+        family = network_family(denoiser)
+        encoders = [folder / f"text_encoder{number}.json" for number in ("", "_2")]
         schedule = folder / "scheduler.json"
     else:
         raise ModelError(
             f"pipeline: '{pipeline}' is neither a pipeline folder nor a known hub id: give a folder with a "
             f"model_index.json, or one of {', '.join(HUB)}"
         )
-    unet, vae = (_read(file) for file in parts)
-    texts = tuple(_read(file) for file in encoders if file.is_file())
-    return Architecture(pipeline, unet, vae, texts, _read(schedule))
-
-
-def _read(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{file}: cannot be read as a part's configuration: {error}") from error
+    texts = tuple(read_json(file) for file in encoders if file.is_file())
+    return Architecture(pipeline, family, denoiser, vae, texts, read_json(schedule))

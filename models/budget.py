@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.families import network_family
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Cost:
 
     saved: activations that autograd keeps from forward to backward. peak: most memory of forward and backward at any
     moment, without the parameters and their gradients. forward_peak: the same of a forward pass without autograd.
-    encoder_*: up to and with the middle block, which is what a GAN head on its features needs.
+    encoder_*: up to and with a UNet's middle block, which is what a GAN head on its features needs; 0 without one.
     trainable, frozen: elements of each parameter.
     """
 
@@ -92,30 +94,24 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def meta_unet(config: dict, dtype: torch.dtype, rank: int = 0, targets: tuple[str, ...] = ()) -> UNet2DConditionModel:
-    """A UNet without weights, in training mode; with rank > 0 frozen but for LoRA matrices on the target layers."""
+def meta_network(config: dict, dtype: torch.dtype, rank: int = 0, targets: tuple[str, ...] = ()) -> ModelMixin:
+    """A denoiser without weights, in training mode; with rank > 0 frozen but for LoRA matrices on the target layers."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        network = network_family(config).network.from_config(config)
         if rank:
-            unet.requires_grad_(False)
-            unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
-    for parameter in unet.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return unet.train()
+            network.requires_grad_(False)
+            network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.to(dtype)
+    return network.train()
 
 
-def inputs(unet: UNet2DConditionModel, batch: int, latent_shape: tuple[int, int, int], tokens: int) -> tuple:
-    """(args, kwargs) of a call of this UNet on its device, in its dtype."""
-    like = {"device": unet.device, "dtype": unet.dtype}
-    c, added = unet.config, None
-    if c.addition_embed_type == "text_time":
-        pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
-        ids = torch.ones(batch, 6, device=unet.device)
-        added = {"text_embeds": torch.zeros(batch, pooled, **like), "time_ids": ids}
-    states = torch.zeros(batch, tokens, c.cross_attention_dim, **like)
-    t = torch.zeros(batch, dtype=torch.long, device=unet.device)
-    kwargs = {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
-    return (torch.zeros(batch, *latent_shape, **like), t), kwargs
+def inputs(network: ModelMixin, batch: int, latent_shape: tuple[int, int, int], tokens: int) -> tuple:
+    """(args, kwargs) of a call of this network on its device, in its dtype."""
+    config = {**network.config, "_class_name": type(network).__name__}
+    like = {"device": network.device, "dtype": network.dtype}
+    args, kwargs = network_family(config).example(config, batch, latent_shape, tokens, **like)
+    return args, kwargs | {"return_dict": False}
 
 
 @contextmanager
@@ -145,48 +141,50 @@ def cost(
     targets: tuple[str, ...] = (),
     fused: bool = True,
 ) -> Cost:
-    """Measures a UNet of this configuration. fused: attention never holds the matrix of scores (all kernels but math)."""
-    plain = {k: v for k, v in config.items() if not k.startswith("_")}
+    """Measures a denoiser of this configuration (its config.json). fused: attention never holds the matrix of scores (all kernels but math)."""
+    plain = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
     key = json.dumps(plain, sort_keys=True, default=str)
     return _cost(key, tuple(latent_shape), tokens, dtype, checkpointing, rank, tuple(targets), fused)
 
 
 @lru_cache(maxsize=32)
 def _cost(key, latent_shape, tokens, dtype, checkpointing, rank, targets, fused) -> Cost:
-    unet = meta_unet(json.loads(key), dtype, rank, targets)
+    network = meta_network(json.loads(key), dtype, rank, targets)
     if checkpointing:
-        unet.enable_gradient_checkpointing()
-    parameters = list(unet.parameters())
+        network.enable_gradient_checkpointing()
+    parameters = list(network.parameters())
     trained = [p for p in parameters if p.requires_grad]
     for parameter in trained:  # gradients are counted elsewhere: ZeRO decides how many stay
         parameter.register_post_accumulate_grad_hook(_drop)
     with torch.device("meta"), fused_attention() if fused else nullcontext():
-        args, kwargs = inputs(unet, 1, latent_shape, tokens)
+        args, kwargs = inputs(network, 1, latent_shape, tokens)
         with torch.no_grad(), FlopCounterMode(display=False) as counter, Live(parameters) as quiet:
-            unet(*args, **kwargs)
+            network(*args, **kwargs)
         saved, at_middle = Saved(parameters), []
-        handle = unet.mid_block.register_forward_hook(lambda *_: at_middle.append(saved.bytes))
+        middle = getattr(network, "mid_block", None)
+        handle = middle and middle.register_forward_hook(lambda *_: at_middle.append(saved.bytes))
         with FlopCounterMode(display=False) as both, Live(parameters) as live:
             with saved.hooks():
-                out = unet(*args, **kwargs)[0]
-            handle.remove()
+                out = network(*args, **kwargs)[0]
+            if handle:
+                handle.remove()
             saved_bytes = saved.bytes
             saved.storages.clear()
             out.backward(torch.empty_like(out))
     by_module = counter.get_flop_counts()
-    late = [f"UNet2DConditionModel.{name}" for name in ("up_blocks", "conv_norm_out", "conv_out")]
+    late = [f"{type(network).__name__}.{name}" for name in ("up_blocks", "conv_norm_out", "conv_out")]
     decoder = sum(sum(ops.values()) for name, ops in by_module.items() if _child_of(name, late))
     forward = float(counter.get_total_flops())
     return Cost(
         trainable=tuple(p.numel() for p in trained),
-        frozen=tuple(p.numel() for p in unet.parameters() if not p.requires_grad),
+        frozen=tuple(p.numel() for p in network.parameters() if not p.requires_grad),
         saved=saved_bytes,
-        encoder_saved=at_middle[0],
+        encoder_saved=at_middle[0] if middle else 0,
         peak=live.peak,
         forward_peak=quiet.peak,
         forward_flops=forward,
         train_flops=float(both.get_total_flops()),
-        encoder_flops=forward - decoder,
+        encoder_flops=forward - decoder if middle else 0.0,
     )
 
 

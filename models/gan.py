@@ -53,12 +53,16 @@ class GanSettings(BaseModel):
         return self
 
 
+def no_features(kind: str) -> str:
+    return f"gan: {kind} has no mid_block for the head to read: set gan.enabled=false"
+
+
 def feature_module(network: nn.Module) -> nn.Module:
     """The part of a network whose output the head reads: a UNet's bottleneck. A backbone without one would give its
     middle block here. Raises ModelError."""
     middle = getattr(network, "mid_block", None)
     if middle is None:
-        raise ModelError(f"gan: {type(network).__name__} has no mid_block for the head to read: set gan.enabled=false")
+        raise ModelError(no_features(type(network).__name__))
     return middle
 
 
@@ -127,10 +131,10 @@ class Discriminator(nn.Module):
     def __init__(self, network: nn.Module, latent_shape: tuple[int, int, int], seed: int):
         super().__init__()
         self.network = network
+        self._middle = [feature_module(network)]  # in a list: it is registered once, inside the network
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = Head(*feature_shape(network, latent_shape))
-        self._middle = [feature_module(network)]  # in a list: it is registered once, inside the network
         self._plain = _has_plain_encoder(network)
 
     @property

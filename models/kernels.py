@@ -1,11 +1,11 @@
 """Switches of speed that change no mathematics: memory format, compilation, TF32."""
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+BLOCKS = (BasicTransformerBlock, JointTransformerBlock, ResnetBlock2D)
 # Compiled variants of one block's code: sizes, with and without gradients, batch and doubled batch. SDXL needs about 40;
 # at torch's own limit of 8 the rest would run uncompiled without a word.
 VARIANTS = 128

@@ -26,9 +26,9 @@ class Student:
     timesteps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.timesteps[0] >= self.schedule.steps:
+        if self.timesteps[0] > self.schedule.last:
             raise ModelError(
-                f"timestep {self.timesteps[0]} of the generator: the pipeline's schedule ends at {self.schedule.steps - 1}: "
+                f"timestep {self.timesteps[0]} of the generator: the pipeline's schedule ends at {self.schedule.last}: "
                 "set `conditioning_timestep` (or `backtrack.student_timesteps`) to a smaller one"
             )
 

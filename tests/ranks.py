@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from models.conditioning import Conditioning
 from models.networks import predict
-from models.pipeline import WEIGHTS_FILE, empty_unet, load_unet
+from models.pipeline import WEIGHTS_FILE, empty_network, load_network
 from trainer.distributed import barrier, finish, start
 from trainer.engines import Role, deepspeed_config
 from trainer.errors import Stopped, UserError
@@ -91,7 +91,7 @@ def four(root, world):
         support.save(support.backtrack_weights(run), root / "four" / f"{label}.pt", world)
     folder = root / "base" / "pipeline" / "unet"
     config = deepspeed_config("teacher_node", 1, 1, 0.0, "fp32", world)
-    teacher = Role("teacher", empty_unet(folder), config, world, folder=folder)
+    teacher = Role("teacher", empty_network(folder), config, world, folder=folder)
     for s in teacher.weights.slices:
         assert s.size == 2 and s.end - s.start <= s.piece == -(-s.numel // 2)
         assert dist.get_process_group_ranks(s.group) == [world.rank // 2 * 2, world.rank // 2 * 2 + 1]
@@ -108,13 +108,13 @@ def switches(root, world):
         torch.randn(2, 16, 16, generator=generator), torch.randn(2, 16, generator=generator), torch.ones(2, 6)
     )
     with torch.no_grad():
-        expected = [predict(load_unet(folder).eval(), x, t, cond) for folder in folders]
+        expected = [predict(load_network(folder).eval(), x, t, cond) for folder in folders]
     for threshold in (0, 20, 300, 10**9):
         file = root / "switches" / f"threshold-{threshold}.json"
         zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
         file.write_text(json.dumps({"zero_optimization": zero}))
         config = deepspeed_config(str(file), 2, 1, 0.0, "fp32", world)
-        role = Role("teacher", empty_unet(teacher), config, world, folder=teacher)
+        role = Role("teacher", empty_network(teacher), config, world, folder=teacher)
         reader = ReadAhead(role.weights, world.device)
         for step in range(25):
             node = step % 4
@@ -136,18 +136,18 @@ def loading(root, world):
             UNet2DConditionModel(sample_size=8, block_out_channels=channels, **heads).save_pretrained(out)
     barrier(world)
     config = deepspeed_config(support.sharded_zero3(root / "loading"), 1, 1, 0.0, "fp32", world)
-    Role("teacher", empty_unet(small), config, world, folder=small)  # what libraries take at their first use
+    Role("teacher", empty_network(small), config, world, folder=small)  # what libraries take at their first use
     size = (folder / WEIGHTS_FILE).stat().st_size
     assert size > 200e6
     before = resident_bytes()
     reset_peak()
-    role = Role("teacher", empty_unet(folder), config, world, folder=folder)
+    role = Role("teacher", empty_network(folder), config, world, folder=folder)
     growth = (peak_bytes() - before) / size
     assert sum(t.numel() for t in role.local()) * 4 < 0.51 * size
     assert growth < 0.75, growth
     before = resident_bytes()
     reset_peak()
-    whole = load_unet(folder)
+    whole = load_network(folder)
     assert all(p.isfinite().all() for p in whole.parameters())  # only what is used is read from a mapped file
     assert (peak_bytes() - before) / size > 0.9  # the measure sees what is held
 

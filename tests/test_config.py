@@ -37,7 +37,7 @@ def test_values(tmp_path):
     settings = load_settings(file, ["backtrack.generator.betas=[0, 0.9]", "record.optimizer.lr=2e-6"])
     assert settings.backtrack.generator.lr == 1e-5  # which YAML 1.1 reads as a string
     assert settings.backtrack.generator.betas == (0.0, 0.9) and settings.record.optimizer.lr == 2e-6
-    assert str(settings.pipeline_folder) == "runs/x/pipeline" and str(settings.start_folder) == "runs/x/pipeline/unet"
+    assert str(settings.path_folder) == "runs/x/path"
 
 
 def test_files_over_files(tmp_path):

@@ -12,7 +12,7 @@ from models.conditioning import Conditioning
 from models.errors import ModelError
 from models.gan import Discriminator, Head, feature_module, feature_shape, generator_gradient, judged
 from models.networks import predict
-from models.pipeline import load_unet
+from models.pipeline import load_network
 from trainer.backtrack import Backtracking
 from trainer.errors import UserError
 from trainer.telemetry import Meters
@@ -23,7 +23,7 @@ LATENTS = (4, 4, 4)
 
 @pytest.fixture
 def net(root) -> Discriminator:
-    return Discriminator(load_unet(root / "base" / "pipeline" / "unet"), LATENTS, seed=3).requires_grad_(True)
+    return Discriminator(load_network(root / "base" / "pipeline" / "unet"), LATENTS, seed=3).requires_grad_(True)
 
 
 def inputs(batch=3):
@@ -79,7 +79,7 @@ def test_the_gradient_on_the_sample_reaches_nothing_else(net):
 
 
 def test_the_head_is_a_function_of_the_seed(root, net):
-    unet = load_unet(root / "base" / "pipeline" / "unet")
+    unet = load_network(root / "base" / "pipeline" / "unet")
     state = torch.get_rng_state()
     same, other = (Discriminator(unet, LATENTS, seed).head.state_dict() for seed in (3, 4))
     assert torch.equal(state, torch.get_rng_state())
@@ -214,11 +214,11 @@ def test_resumes_bit_for_bit_and_learns(root, world):
     lines = support.metrics(run.folder / "backtrack")
     assert lines == support.metrics(root / "gan-whole" / "backtrack")
     assert all(line["loss/gan_head"] > 0 and line["loss/gan_generator"] > 0 for line in lines)
-    start = Discriminator(load_unet(root / "base" / "pipeline" / "unet"), LATENTS, run.settings.seed)
+    start = Discriminator(load_network(root / "base" / "pipeline" / "unet"), LATENTS, run.settings.seed)
     heads = {k: v for k, v in start.state_dict().items() if k.startswith("head.")}
     assert all(not torch.equal(whole[f"fake_score.{k}"], v) for k, v in heads.items() if v.numel() > 1)
     # What is written for others is the generator alone, loaded strictly; the head stays in the engine's checkpoint.
-    load_unet(run.folder / "backtrack" / "checkpoints" / "step-00000008" / "weights")
+    load_network(run.folder / "backtrack" / "checkpoints" / "step-00000008" / "weights")
     other = support.single(root, "gan-parts", world, *flags, "gan.head_weight=0.1")
     with pytest.raises(UserError, match=r"gan.head_weight was 0.5, is now 0.1"):
         support.backtrack_weights(other)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.errors import ModelError
-from models.pipeline import WEIGHTS_FILE, empty_unet, load_unet
+from models.pipeline import WEIGHTS_FILE, empty_network, load_network
 from models.tensorfile import TensorFile, write_tensors
 from trainer.backtrack import Backtracking
 from trainer.engines import Role, deepspeed_config
@@ -55,11 +55,13 @@ def test_a_file_that_we_wrote_in_the_library(tmp_path):
 def test_float32_weights_reach_the_optimizer_of_a_bfloat16_role(root, world, stage, tmp_path):
     folder = root / "base" / "pipeline" / "unet"
     generator = torch.Generator().manual_seed(0)
-    exact = {k: v + 1e-3 * torch.randn(v.shape, generator=generator) for k, v in load_unet(folder).state_dict().items()}
-    save_folder(exact, dict(load_unet(folder).config), tmp_path / "exact", torch.float32)
+    exact = {
+        k: v + 1e-3 * torch.randn(v.shape, generator=generator) for k, v in load_network(folder).state_dict().items()
+    }
+    save_folder(exact, dict(load_network(folder).config), tmp_path / "exact", torch.float32)
     name = support.sharded_zero3(tmp_path) if stage == "sharded" else stage
     config = deepspeed_config(name, 2, 1, 0.0, "bf16", world)
-    network = empty_unet(tmp_path / "exact")
+    network = empty_network(tmp_path / "exact")
     role = Role("generator", network, config, world, OptimizerSettings(lr=1e-5), tmp_path / "exact")
     assert all(torch.equal(v, exact[k].bfloat16()) for k, v in role.state_dict().items())
     if stage == "zero0":

@@ -6,7 +6,7 @@ import pytest
 import support
 import torch
 
-from models.pipeline import load_unet
+from models.pipeline import load_network
 from trainer.record import record
 from trainer.run import Run
 
@@ -31,7 +31,7 @@ def double(root):
 def test_two_ranks_train_as_one(plain, double, stage):
     weights, lines = plain
     two = torch.load(double / "parity" / f"{stage}.pt")
-    start = load_unet(double / "base" / "pipeline" / "unet").state_dict()
+    start = load_network(double / "base" / "pipeline" / "unet").state_dict()
     moved = max(float((weights[f"generator.{k}"] - v).abs().max()) for k, v in start.items())
     assert moved > 5e-5  # it trained
     assert support.largest_difference(weights, two) < 1e-6
@@ -86,6 +86,6 @@ def test_recording_on_two_sharded_ranks(root, world):
         for key in ("distance_to_node_0", "distance_to_neighbour"):
             assert other[key] == pytest.approx(node[key], rel=1e-4)
         if node["index"]:
-            a, b = (load_unet(p / f"node-{node['index']:04d}").state_dict() for p in (one, two))
+            a, b = (load_network(p / f"node-{node['index']:04d}").state_dict() for p in (one, two))
             # Nodes are bfloat16: a last-bit difference of the float32 weights may round either way.
             assert all(torch.allclose(a[k], b[k], rtol=2**-7, atol=1e-6) for k in a)

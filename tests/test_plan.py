@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.architecture import HUB, find_architecture
-from models.budget import cost, inputs, meta_unet, saved_bytes
+from models.budget import cost, inputs, meta_network, saved_bytes
 from models.errors import ModelError
 from models.miniature import MiniatureSettings, build_miniature
 from trainer.advice import changed
@@ -30,21 +30,26 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.fixture(scope="module")
 def sdxl():
     a = find_architecture(SDXL)
-    return cost(a.unet, a.latent_shape(1024), a.tokens, BF16, checkpointing=True)
+    return cost(a.denoiser, a.latent_shape(1024), a.tokens, BF16, checkpointing=True)
+
+
+def described(unet) -> dict:
+    """The configuration as a weights folder has it."""
+    return {**unet.config, "_class_name": type(unet).__name__}
 
 
 @pytest.fixture(scope="module")
 def small():
     """A UNet of 4 M parameters, its inputs' sizes, and its cost in both precisions."""
     unet = build_miniature(MiniatureSettings(unet_channels=(64, 128))).unet
-    return unet, {dtype: cost(unet.config, (4, 8, 8), 16, dtype) for dtype in (BF16, FP32)}
+    return unet, {dtype: cost(described(unet), (4, 8, 8), 16, dtype) for dtype in (BF16, FP32)}
 
 
 def test_known_networks(sdxl):
     a, b = find_architecture(SDXL), find_architecture(SD15)
     assert sdxl.parameters == 2_567_463_684
     assert sdxl.forward_flops == pytest.approx(6.76e12, rel=1e-3)  # 2 FLOP a multiply-accumulate
-    assert sum(p.numel() for p in meta_unet(b.unet, FP32).parameters()) == 859_520_964
+    assert sum(p.numel() for p in meta_network(b.denoiser, FP32).parameters()) == 859_520_964
     assert (a.text_parameters, b.text_parameters) == (123_060_480 + 694_659_840, 123_060_480)
     assert a.vae_parameters == b.vae_parameters == 83_653_863
     with pytest.raises(
@@ -126,7 +131,7 @@ def test_a_real_engine_holds_what_is_planned(small, world, tmp_path, stage, prec
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_activations_are_the_real_ones(small, checkpointing):
     for dtype in (BF16, FP32):
-        planned = cost(small[0].config, (4, 16, 16), 16, dtype, checkpointing)
+        planned = cost(described(small[0]), (4, 16, 16), 16, dtype, checkpointing)
         unet = UNet2DConditionModel.from_config(small[0].config).to(dtype).train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
@@ -136,7 +141,7 @@ def test_saved_activations_are_the_real_ones(small, checkpointing):
 
 def test_checkpointing_trades_memory_for_work(sdxl):
     a = find_architecture(SDXL)
-    kept = cost(a.unet, a.latent_shape(1024), a.tokens, BF16)
+    kept = cost(a.denoiser, a.latent_shape(1024), a.tokens, BF16)
     assert kept.saved > 8 * sdxl.saved and kept.peak > 2 * sdxl.peak
     assert kept.train_flops == pytest.approx(3 * kept.forward_flops, rel=0.03)
     assert 1.2 < sdxl.train_flops / kept.train_flops < 1.34
@@ -149,9 +154,9 @@ def test_sdxl_is_cut_for_64_ranks(sdxl):
         parts = partition(elements, 64)
         assert parts[0][0] == 0 and parts[-1][1] == elements
         assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
-    names = [n for n, _ in meta_unet(find_architecture(SDXL).unet, BF16).named_parameters()]
+    names = [n for n, _ in meta_network(find_architecture(SDXL).denoiser, BF16).named_parameters()]
     with torch.device("meta"):
-        plain = UNet2DConditionModel.from_config(find_architecture(SDXL).unet)
+        plain = UNet2DConditionModel.from_config(find_architecture(SDXL).denoiser)
     assert names == list(plain.state_dict()) and len(names) == len(sdxl.trainable)
 
 

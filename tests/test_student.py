@@ -12,8 +12,9 @@ from torch import nn
 from models.conditioning import Conditioning
 from models.diffusion import Schedule
 from models.errors import ModelError
+from models.export import write_student_pipeline
 from models.noise import SampleNoise
-from models.pipeline import load_unet, write_student_pipeline
+from models.pipeline import load_network
 from models.sampler import ImageNoise
 from models.student import Student
 from trainer.backtrack import backtrack
@@ -91,7 +92,7 @@ def test_timesteps_are_checked():
 def test_exported_students_equal_our_sampling(root, world, tmp_path, timesteps, call):
     """Latents of a plain diffusers call, given the same generators, to rounding."""
     run = Run(support.tiny(root, "student"), world)
-    source = run.settings.pipeline_folder
+    source = run.pipeline_folder
     said = write_student_pipeline(source, source / "unet", timesteps, tmp_path / "p", {})
     arguments = ", ".join(f"{k}={v}" for k, v in call.items())
     assert said == f"pipe(prompt, {arguments}, guidance_scale=0.0)"
@@ -106,7 +107,9 @@ def test_exported_students_equal_our_sampling(root, world, tmp_path, timesteps, 
     student = Student(sampler.schedule, timesteps)
     with torch.no_grad():
         text = sampler.text.encode(prompts, sampler.resolution)
-        ours = student.trajectory(load_unet(source / "unet").eval(), text, lambda _: noise.draw(), len(timesteps))[-1]
+        ours = student.trajectory(load_network(source / "unet").eval(), text, lambda _: noise.draw(), len(timesteps))[
+            -1
+        ]
     assert theirs.std() > 0.1 and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
 
 

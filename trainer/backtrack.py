@@ -17,11 +17,12 @@ from data.order import Split
 from data.reader import Batch
 from models.conditioning import Conditioning
 from models.ema import Ema
+from models.export import write_student_pipeline
 from models.flops import forward_flops, judging_flops
-from models.gan import Discriminator
+from models.gan import Discriminator, feature_module
 from models.networks import denoising_loss, predict, predict_guided
 from models.objectives import OBJECTIVES, Scores
-from models.pipeline import check_pipeline, weights_hash, write_student_pipeline
+from models.pipeline import empty_network, weights_hash
 from models.student import Student
 from trainer.adversary import Adversary
 from trainer.command import run_verb
@@ -56,19 +57,21 @@ class Backtracking(TrainStage):
                 f"(batch {settings.batch} over {run.world.size} processes x {settings.accumulation} accumulation steps): "
                 f"use one of {fits}"
             )
-        teacher_folder = s.pipeline_folder / "unet"
+        if s.gan.enabled:
+            feature_module(empty_network(run.teacher_folder))  # a network that the head cannot read is refused at once
         path = None
         if settings.path != "none":
-            path = open_path(s.path_folder, teacher_folder, s.start_folder, s.student_timesteps, run.world)
-        self.sampler = run.sampler(s.pipeline_folder)
+            folders = s.path_folder, run.teacher_folder, run.start_folder
+            path = open_path(*folders, s.student_timesteps, run.world, s.variant)
+        self.sampler = run.sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.student = Student(self.schedule, s.student_timesteps)
         self.objective = OBJECTIVES[settings.objective]
-        far = path.folder(len(path.nodes) - 1) if path else teacher_folder
+        far = path.folder(len(path.nodes) - 1) if path else run.teacher_folder
         log.info(f"fake score starts from {far}")
-        self.teacher = self.role("teacher", teacher_folder, settings.teacher_ds_config)
+        self.teacher = self.role("teacher", run.teacher_folder, settings.teacher_ds_config)
         self.generator = self.role(
-            "generator", s.start_folder, settings.generator_ds_config, settings.generator, settings.generator_split
+            "generator", run.start_folder, settings.generator_ds_config, settings.generator, settings.generator_split
         )
         self.fake_score = self.role(
             "fake_score",
@@ -83,7 +86,7 @@ class Backtracking(TrainStage):
         self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
         self.norms: dict[str, float] = {}
         self.flops = self._flops()
-        self.identity["teacher"] = weights_hash(teacher_folder)
+        self.identity["teacher"] = weights_hash(run.teacher_folder, s.variant)
         if path:
             self.identity["far_node"] = path.nodes[-1].sha256
         self.identity["timesteps"] = list(self.student.timesteps)
@@ -223,7 +226,7 @@ class Backtracking(TrainStage):
         return super().state_dict() | {
             "ema": self.average_state(self.ema, self.generator),
             "target": self.target.state_dict(),
-            "kept": [{"x0": x0, **vars(cond)} for x0, cond in self.kept],
+            "kept": [{"x0": x0, **cond.tensors()} for x0, cond in self.kept],
             "norms": self.norms,
         }
 
@@ -234,7 +237,8 @@ class Backtracking(TrainStage):
         self.norms = state["norms"]
         device = self.world.device
         kept = [{key: value.to(device) for key, value in part.items()} for part in state["kept"]]
-        self.kept = [(part.pop("x0"), Conditioning(**part)) for part in kept]
+        family = self.sampler.text.family.name
+        self.kept = [(part.pop("x0"), Conditioning(**part, family=family)) for part in kept]
 
     def regroup(self, states: list[dict], saved: Split) -> dict:
         return super().regroup(states, saved) | {
@@ -262,16 +266,16 @@ def _spread(x0: Tensor) -> Tensor:
     return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()
 
 
-def export_generator(run: Run, unet: Path, out: Path, note: dict) -> str:
-    """Writes a pipeline of a generator's UNet folder; returns the call that makes an image with it."""
-    settings = run.settings
-    note = note | {"resolution": settings.data.resolution}
-    return write_student_pipeline(settings.pipeline_folder, unet, settings.student_timesteps, out, note)
+def export_generator(run: Run, weights: Path, out: Path, note: dict) -> str:
+    """Writes a pipeline of a generator's weights folder; returns the call that makes an image with it."""
+    s = run.settings
+    note = note | {"resolution": s.data.resolution}
+    return write_student_pipeline(run.pipeline_folder, weights, s.student_timesteps, out, note, s.variant)
 
 
 def backtrack(run: Run) -> None:
     """Distils the generator and writes `generator/`, a pipeline that makes an image in one step or the student's."""
-    check_pipeline(run.settings.pipeline_folder)
+    run.require_pipeline()
     folder = run.stage_folder("backtrack")
     stage = Backtracking(run)
     seconds = train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)

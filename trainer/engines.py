@@ -87,9 +87,10 @@ def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, prec
 class Role:
     """One network under DeepSpeed, trained (with an optimizer) or frozen (without).
 
-    network: with its weights, or on the meta device (`models.pipeline.empty_unet`) and filled from `folder` here, every
-    rank reading its own rows only. wrap: what is made of the filled network, such as a Discriminator. Call the role for a forward pass. `module` is the bare network, for terms that need
-    autograd to an input only. `config` is the network's own configuration, as its weights folder has it.
+    network: with its weights, or on the meta device (`models.pipeline.empty_network`) and filled from `folder` here, every
+    rank reading its own rows only. wrap: what is made of the filled network, such as a Discriminator. variant: of the
+    weight files, here and in folders that are read later. Call the role for a forward pass. `module` is the bare network,
+    for terms that need autograd to an input only. `config` is the network's own configuration, as its folder has it.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Role:
         optimizer: OptimizerSettings | None = None,
         folder: Path | None = None,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
+        variant: str = "",
     ):
         self.name, self.world, self.config = name, world, dict(getattr(network, "config", {}))
         self.trained = optimizer is not None
@@ -114,7 +116,8 @@ class Role:
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         began, tensors = time.monotonic(), 0
         if folder is not None:
-            tensors = load_folder(network, folder, world, dtype, config, node_group(world) if within_node else None)
+            group = node_group(world) if within_node else None
+            tensors = load_folder(network, folder, world, dtype, config, group, variant)
         loaded = network
         if wrap is not None:
             network = wrap(loaded)
@@ -130,11 +133,11 @@ class Role:
         if self.stage == 0 and world.size == 1 and dtype == torch.float32:
             # Alone, DeepSpeed would still copy every gradient into a buffer and back: a quarter of a step at 35 M weights.
             self.engine.enable_backward_allreduce = False
-        self.weights = Weights(self.engine.module, world)
+        self.weights = Weights(self.engine.module, world, variant)
         self._probe: Tensor | None = self._some_weights()
         masters = 0
         if folder is not None and self.trained and dtype != torch.float32:
-            masters = Weights(loaded, world).load_masters(folder, self.optimizer)
+            masters = Weights(loaded, world, variant).load_masters(folder, self.optimizer)
         if folder is not None:
             note = f", {masters} of them in full precision for the optimizer" if masters else ""
             log.info(f"{name}: {tensors} tensors from {folder} in {time.monotonic() - began:.1f} s{note}")

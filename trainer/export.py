@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from models.pipeline import check_pipeline
 from trainer.backtrack import export_generator
 from trainer.command import run_verb
 from trainer.errors import UserError
@@ -12,20 +11,20 @@ from trainer.shelf import WEIGHTS
 
 
 def export(run: Run) -> None:
-    check_pipeline(run.settings.pipeline_folder)
+    run.require_pipeline()
     settings, folder = run.settings.export, run.folder / "backtrack"
     latest = folder / "LATEST"
     if not settings.checkpoint and not latest.exists():
         raise UserError(f"{folder} has no checkpoint yet: run `disback backtrack` first")
     name = settings.checkpoint or latest.read_text().strip()
-    unet = folder / "checkpoints" / name / WEIGHTS
-    if not unet.is_dir():
+    weights = folder / "checkpoints" / name / WEIGHTS
+    if not weights.is_dir():
         known = sorted(p.parent.name for p in (folder / "checkpoints").glob(f"step-*/{WEIGHTS}"))
-        raise UserError(f"{unet} is not there; checkpoints with weights: {', '.join(known) or 'none'}")
+        raise UserError(f"{weights} is not there; checkpoints with weights: {', '.join(known) or 'none'}")
     out = Path(settings.out) if settings.out else run.folder / "generator"
     if run.world.main:
         try:
-            call = export_generator(run, unet, out, {"checkpoint": name, "weights": "ema"})
+            call = export_generator(run, weights, out, {"checkpoint": name, "weights": "ema"})
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}: choose another folder with --out") from error
         print(f"{out}: pipe = DiffusionPipeline.from_pretrained('{out}'); {call}")

@@ -32,14 +32,14 @@ class Node:
 
 @dataclass(frozen=True)
 class DegradationPath:
-    """A verified path. folder(i) is a weights folder that UNet2DConditionModel.from_pretrained loads."""
+    """A verified path. folder(i) is a weights folder that the denoiser's class loads with from_pretrained."""
 
     root: Path
-    teacher_unet: Path
+    teacher: Path
     nodes: list[Node]
 
     def folder(self, index: int) -> Path:
-        return self.root / f"node-{index:04d}" if index else self.teacher_unet
+        return self.root / f"node-{index:04d}" if index else self.teacher
 
 
 def file_hash(file: Path) -> str:
@@ -95,19 +95,21 @@ def write_manifest(
     os.replace(temporary, root / MANIFEST)
 
 
-def open_path(root: Path, teacher_unet: Path, start: Path, timesteps: tuple[int, ...], world: World) -> DegradationPath:
+def open_path(
+    root: Path, teacher: Path, start: Path, timesteps: tuple[int, ...], world: World, variant: str = ""
+) -> DegradationPath:
     """Reads and verifies a recorded path: it must be this teacher's and this generator start's, and every node must be
-    there to the byte. Rank 0 reads the weights once to hash them; all ranks raise the same UserError."""
+    there to the byte. variant: of the teacher's and the start's weight files. Rank 0 reads the weights once to hash them; all ranks raise the same UserError."""
     problem = nodes = None
     if world.main:
         try:
-            nodes = _verified(root, weights_hash(teacher_unet), weights_hash(start), timesteps)
+            nodes = _verified(root, weights_hash(teacher, variant), weights_hash(start, variant), timesteps)
         except UserError as error:
             problem = str(error)
     problem, nodes = from_main((problem, nodes), world)
     if problem:
         raise UserError(problem)
-    return DegradationPath(root, teacher_unet, nodes)
+    return DegradationPath(root, teacher, nodes)
 
 
 def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...]) -> list[Node]:

@@ -25,7 +25,7 @@ def make_plan(
     """The whole plan as one JSON-ready object. Bytes are in GB of 1e9 bytes. Raises UserError, ModelError."""
     if gpu not in PEAK_TFLOPS:
         raise UserError(f"--gpu {gpu}: not known: one of {', '.join(PEAK_TFLOPS)}")
-    pipeline = str(settings.pipeline_folder) if not settings.pipeline else settings.pipeline
+    pipeline = settings.pipeline or str(settings.folder / "pipeline")
     architecture = find_architecture(pipeline)
     ranks, limit = nodes * gpus, memory_gb * 1e9
     frozen, net = (network_cost(settings, architecture, trained) for trained in (False, True))

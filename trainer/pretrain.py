@@ -11,10 +11,11 @@ from torch import Tensor
 from data.order import Split
 from models.conditioning import image_time_ids
 from models.ema import Ema
+from models.families import family_of
 from models.flops import forward_flops
 from models.miniature import build_miniature
 from models.networks import denoising_loss
-from models.pipeline import check_pipeline, replace_folder
+from models.pipeline import replace_folder
 from trainer.autoencoder import train_autoencoder
 from trainer.command import run_verb
 from trainer.distributed import barrier
@@ -35,7 +36,9 @@ class Pretraining(TrainStage):
         super().__init__("pretrain", run, settings, images=True)
         self.sampler = run.sampler(start)
         self.schedule = self.sampler.schedule
-        self.teacher = self.role("teacher", start / "unet", settings.ds_config, settings.optimizer)
+        self.teacher = self.role(
+            "teacher", start / self.sampler.text.family.part, settings.ds_config, settings.optimizer
+        )
         flops = forward_flops(self.teacher.config, self.sampler.latent_shape, self.sampler.text.tokens)
         self.flops = 3 * flops * self.micro * settings.accumulation
         self.ema = Ema(self.teacher.local(), settings.ema)
@@ -95,7 +98,7 @@ def _start(run: Run, folder: Path) -> Path:
     """The pipeline folder that training starts from; the miniature is built there once."""
     settings = run.settings.pretrain
     if settings.start != "miniature":
-        return check_pipeline(Path(settings.start))
+        return run.checked(run.fetched(settings.start, "pretrain.start"))
     start = folder / "start"
     if run.world.main and not start.exists():
         log.info(f"building a miniature pipeline in {start}")
@@ -103,6 +106,7 @@ def _start(run: Run, folder: Path) -> Path:
         build_miniature(settings.miniature).save_pretrained(temporary, safe_serialization=True)
         replace_folder(temporary, start)
     barrier(run.world)
+    run.checked(start)
     if not (start / "autoencoder.json").exists():
         vae, scale = train_autoencoder(run, start)
         if run.world.main:
@@ -126,8 +130,9 @@ def pretrain(run: Run) -> None:
         last = folder / "checkpoints" / (folder / "LATEST").read_text().strip() / WEIGHTS
         temporary = out.with_name("pipeline.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(start, temporary, ignore=shutil.ignore_patterns("unet", "autoencoder.json"))
-        shutil.copytree(last, temporary / "unet")
+        part = family_of(start).part
+        shutil.copytree(start, temporary, ignore=shutil.ignore_patterns(part, "autoencoder.json"))
+        shutil.copytree(last, temporary / part)
         note = {"train_seconds": seconds, "steps": stage.steps}
         (temporary / "disback.json").write_text(json.dumps(note, indent=2) + "\n")
         replace_folder(temporary, out)

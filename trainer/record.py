@@ -13,7 +13,7 @@ from data.order import Split
 from models.conditioning import Conditioning
 from models.flops import forward_flops
 from models.networks import denoising_loss, predict
-from models.pipeline import WEIGHTS_FILE, check_pipeline, weights_hash
+from models.pipeline import WEIGHTS_FILE, weights_hash
 from models.student import Student
 from trainer.command import run_verb
 from trainer.distributed import barrier, sum_over_ranks
@@ -41,18 +41,17 @@ class Recording(TrainStage):
         settings = run.settings.record
         super().__init__("record", run, settings, images=False)
         s = run.settings
-        self.sampler = run.sampler(s.pipeline_folder)
+        self.sampler = run.sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.student = Student(self.schedule, s.student_timesteps)
-        self.generator = self.role("generator", s.start_folder, settings.teacher_ds_config)
-        teacher_folder = s.pipeline_folder / "unet"
-        self.fake_score = self.role("fake_score", teacher_folder, settings.ds_config, settings.optimizer)
+        self.generator = self.role("generator", run.start_folder, settings.teacher_ds_config)
+        self.fake_score = self.role("fake_score", run.teacher_folder, settings.ds_config, settings.optimizer)
         tokens = self.sampler.text.tokens
         flops = forward_flops(self.fake_score.config, self.sampler.latent_shape, tokens)
         # The sample, a forward pass, and a backward pass of two.
         self.flops = (sample_passes(len(s.student_timesteps)) + 3) * flops * self.micro * settings.accumulation
-        teacher = weights_hash(teacher_folder)
-        start = teacher if s.start_folder == teacher_folder else weights_hash(s.start_folder)
+        teacher = weights_hash(run.teacher_folder, s.variant)
+        start = teacher if run.start_folder == run.teacher_folder else weights_hash(run.start_folder, s.variant)
         self.hashes = teacher, generator_hash(start, self.student.timesteps)
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
         self.candidates = s.path_folder / "candidates"
@@ -215,7 +214,7 @@ class Recording(TrainStage):
         chosen = choose_nodes(self.distances, self.settings.nodes)
         if len(chosen) < self.settings.nodes:
             log.warning(f"record: only {len(chosen)} distinct nodes were found, {self.settings.nodes} were asked for")
-        teacher = self.run.settings.pipeline_folder / "unet"
+        teacher = self.run.teacher_folder
         nodes = [Node(0, 0, os.path.relpath(teacher, root), self.hashes[0], 0, 0.0, 0.0)]
         before = self.origin.cpu()
         for index, i in enumerate(chosen, 1):
@@ -245,7 +244,7 @@ def _move(candidate: Path, node: Path) -> tuple[str, str, int]:
 
 def record(run: Run) -> None:
     """Records the degradation path and writes `path/`. Does nothing if that is there already."""
-    check_pipeline(run.settings.pipeline_folder)
+    run.require_pipeline()
     root = run.settings.path_folder
     if (root / MANIFEST).exists():
         print(f"{root / MANIFEST} is there: nothing to do (set another `path` or `run` to record again)")

@@ -2,7 +2,7 @@
 
 A checkpoint is one folder, `checkpoints/step-00000500/`, that holds every trained role's engine, each rank's own state
 (EMA slices, global generators, meters, the stage's state) and, for evaluation jobs, the current weights as a plain
-UNet folder. It is written under a temporary name, renamed when every rank is done, and only then named by LATEST,
+folder of the denoiser. It is written under a temporary name, renamed when every rank is done, and only then named by LATEST,
 which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own `latest` is not
 used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by its hash.
 

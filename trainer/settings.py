@@ -66,8 +66,8 @@ class AutoencoderSettings(TrainSettings):
 
 
 class PretrainSettings(TrainSettings):
-    """Training of a teacher. start: a pipeline folder to go on from, or "miniature" to build one. caption_dropout: share
-    of captions replaced by the empty one (classifier-free guidance needs it)."""
+    """Training of a teacher. start: a pipeline folder or hub model to go on from, or "miniature" to build one.
+    caption_dropout: share of captions replaced by the empty one (classifier-free guidance needs it)."""
 
     steps: int = Field(1500, ge=1)
     batch: int = Field(64, ge=1)
@@ -148,7 +148,7 @@ class SampleSettings(Strict):
 
 
 class EvaluateSettings(Strict):
-    """what: "generator", "teacher", "start", a checkpoint such as "step-00000500", or a pipeline or UNet folder.
+    """what: "generator", "teacher", "start", a checkpoint such as "step-00000500", or a pipeline or denoiser folder.
     features: "digits" is the demo's classifier, trained once and kept in `classifier`."""
 
     what: str | list[str] = "generator"
@@ -175,17 +175,23 @@ class ReportSettings(Strict):
 
 
 class RunSettings(Strict):
-    """run: the run's folder. pipeline: the teacher, a diffusers pipeline folder (default: the run's own). path: the
-    recorded path (default: the run's own). generator_start: UNet folder that the generator starts from (default: the
-    teacher's)."""
+    """run: the run's folder. pipeline: the teacher, a diffusers pipeline folder or a model of the Hugging Face hub such as
+    stabilityai/stable-diffusion-xl-base-1.0, with @REVISION if need be (default: the run's own). variant: the pipeline's
+    weight files to use, such as fp16 for *.fp16.safetensors (default: the plain ones). path: the recorded path (default:
+    the run's own). generator_start: denoiser's folder that the generator starts from (default: the teacher's).
+    conditioning_timestep: the timestep that the one-step generator is told; 1000, pure noise, for flow models.
+    timestep_shift: s in u <- s u / (1 + (s - 1) u) for every u that a training timestep is drawn from; above 1 more of
+    the training is at high noise, which large images need (SD3's value at 1024 px is 3)."""
 
     run: str
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     pipeline: str = ""
+    variant: str = ""
     path: str = ""
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
+    timestep_shift: float = Field(1.0, gt=0)
     network: NetworkSettings = NetworkSettings()
     data: DataConfig = DataConfig()
     lora: LoraSettings = LoraSettings()
@@ -204,10 +210,6 @@ class RunSettings(Strict):
         return Path(self.run)
 
     @property
-    def pipeline_folder(self) -> Path:
-        return Path(self.pipeline) if self.pipeline else self.folder / "pipeline"
-
-    @property
     def student_timesteps(self) -> tuple[int, ...]:
         """Timesteps of the generator's steps: one for the one-step generator."""
         return tuple(self.backtrack.student_timesteps) or (self.conditioning_timestep,)
@@ -215,7 +217,3 @@ class RunSettings(Strict):
     @property
     def path_folder(self) -> Path:
         return Path(self.path) if self.path else self.folder / "path"
-
-    @property
-    def start_folder(self) -> Path:
-        return Path(self.generator_start) if self.generator_start else self.pipeline_folder / "unet"

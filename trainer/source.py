@@ -4,10 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.pipeline import NOTE, check_pipeline, load_unet
+from models.checks import check_fit, check_pipeline
+from models.families import family_of
+from models.pipeline import NOTE, load_network
 from models.sampler import ImageNoise, Sampler
 from trainer.errors import UserError
 from trainer.run import Run
@@ -16,39 +17,40 @@ from trainer.shelf import WEIGHTS
 
 @dataclass(frozen=True)
 class Source:
-    """name: for folders of results. unet: weights folder. pipeline: where text encoders, decoder and schedule are.
-    timesteps: of a student's steps (one: the conditioning timestep), None for a diffusion model."""
+    """name: for folders of results. weights: the denoiser's folder. pipeline: where text encoders, decoder and schedule
+    are. timesteps: of a student's steps (one: the conditioning timestep), None for a diffusion model."""
 
     name: str
-    unet: Path
+    weights: Path
     pipeline: Path
     timesteps: tuple[int, ...] | None
 
     def open(self, run: Run) -> "OpenSource":
-        check_pipeline(self.pipeline)
-        unet = load_unet(self.unet, run.dtype).to(run.world.device).eval().requires_grad_(False)
-        return OpenSource(self, run, unet, run.sampler(self.pipeline))
+        variant = run.settings.variant
+        check_fit(check_pipeline(self.pipeline, variant), run.settings.data.resolution)
+        network = load_network(self.weights, run.dtype, variant).to(run.world.device).eval().requires_grad_(False)
+        return OpenSource(self, run, network, run.sampler(self.pipeline))
 
 
 @dataclass(frozen=True)
 class OpenSource:
     source: Source
     run: Run
-    unet: UNet2DConditionModel
+    network: nn.Module
     sampler: Sampler
 
     def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
         """uint8 images [B, 3, H, W]; image i is a function of its caption and seed + i."""
         noise = ImageNoise(seed, indices, self.sampler.latent_shape, self.run.world.device)
         if self.source.timesteps is not None:
-            return self.sampler.student(self.unet, captions, noise, self.source.timesteps)
+            return self.sampler.student(self.network, captions, noise, self.source.timesteps)
         settings = self.run.settings.sample
-        return self.sampler.many_steps(self.unet, captions, noise.draw(), settings.steps, settings.guidance_scale)
+        return self.sampler.many_steps(self.network, captions, noise.draw(), settings.steps, settings.guidance_scale)
 
 
 def find_source(run: Run, what: str) -> Source:
     """The source that a user names. Raises UserError if there is no such thing."""
-    settings, timesteps = run.settings, run.settings.student_timesteps
+    timesteps = run.settings.student_timesteps
     if what == "generator":
         folder = run.folder / "generator"
         if not (folder / "model_index.json").exists():
@@ -57,27 +59,27 @@ def find_source(run: Run, what: str) -> Source:
             )
         return _pipeline(folder, "generator")
     if what == "teacher":
-        return Source("teacher", settings.pipeline_folder / "unet", settings.pipeline_folder, None)
+        return Source("teacher", run.teacher_folder, run.pipeline_folder, None)
     if what == "start":
-        return Source("start", settings.start_folder, settings.pipeline_folder, timesteps)
+        return Source("start", run.start_folder, run.pipeline_folder, timesteps)
     checkpoint = run.folder / "backtrack" / "checkpoints" / what / WEIGHTS
     if checkpoint.is_dir():
-        return Source(what, checkpoint, settings.pipeline_folder, timesteps)
+        return Source(what, checkpoint, run.pipeline_folder, timesteps)
     folder = Path(what)
     if (folder / "model_index.json").exists():
         return _pipeline(folder, folder.resolve().name)
     if (folder / WEIGHTS / "config.json").exists():  # a checkpoint by its path
-        return Source(folder.resolve().name, folder / WEIGHTS, settings.pipeline_folder, timesteps)
+        return Source(folder.resolve().name, folder / WEIGHTS, run.pipeline_folder, timesteps)
     if (folder / "config.json").exists():
-        return Source(folder.resolve().name, folder, settings.pipeline_folder, timesteps)
+        return Source(folder.resolve().name, folder, run.pipeline_folder, timesteps)
     known = sorted(p.parent.name for p in (run.folder / "backtrack" / "checkpoints").glob(f"step-*/{WEIGHTS}"))
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'none there'}), a "
-        "pipeline folder or a UNet folder"
+        "pipeline folder or a denoiser folder"
     )
 
 
 def _pipeline(folder: Path, name: str) -> Source:
     note = folder / NOTE
     timesteps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
-    return Source(name, folder / "unet", folder, tuple(timesteps) if timesteps else None)
+    return Source(name, folder / family_of(folder).part, folder, tuple(timesteps) if timesteps else None)

@@ -17,7 +17,7 @@ from models.attention import attention_shapes, choose, install, prefer, report
 from models.ema import Ema
 from models.kernels import channels_last, compile_blocks, set_tf32
 from models.networks import predict
-from models.pipeline import empty_unet
+from models.pipeline import empty_network
 from models.sampler import ImageNoise, Sampler
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
@@ -59,6 +59,7 @@ class TrainStage:
         # processes.
         private = settings.model_dump(mode="json", exclude={"loop", "steps", "accumulation", "generator_split"})
         self.identity = {f"{name}.{k}": v for k, v in private.items() if not k.endswith("ds_config")}
+        self.identity |= {"timestep_shift": run.settings.timestep_shift}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
     def role(
@@ -79,7 +80,7 @@ class TrainStage:
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
         micro, accumulation = self.micro // split, settings.accumulation * split
         config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world)
-        network = empty_unet(folder)
+        network = empty_network(folder)
         wanted, stage = self.run.settings.network, config["zero_optimization"]["stage"]
         if wanted.checkpointing and optimizer:
             network.enable_gradient_checkpointing()
@@ -91,7 +92,8 @@ class TrainStage:
                     "the compiled blocks: use zero0, zero1 or zero2, or network.compile=false"
                 )
             log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
-        self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder, wrap)
+        variant = self.run.settings.variant
+        self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder, wrap, variant)
         if wanted.channels_last:
             if stage == 0 and not optimizer:
                 channels_last(role.module)
@@ -112,7 +114,10 @@ class TrainStage:
             self.chosen.enter_context(prefer(self.attention, device))
             for line in report(self.attention, others, shapes, dtype):
                 log.info(line)
-        install(network, self.attention)
+        if not install(network, self.attention):
+            log.info(
+                f"attention: {type(network).__name__} keeps the processors of diffusers, which call the same kernel"
+            )
 
     def begin(self, step: int) -> None:
         """Opens the data at a step."""

@@ -8,6 +8,8 @@ import torch
 
 from models.architecture import Architecture
 from models.budget import Cost, cost
+from models.errors import ModelError
+from models.gan import no_features
 from trainer.budget import RoleBytes, Zero, checkpoint_bytes, forward_traffic, role_bytes, update_traffic
 from trainer.distributed import World
 from trainer.engines import deepspeed_config, micro_batch
@@ -46,7 +48,7 @@ def network_cost(settings: RunSettings, architecture: Architecture, trained: boo
     """The measured cost of a role's network; a frozen teacher has no LoRA matrices."""
     rank = settings.lora.rank if trained else 0
     return cost(
-        architecture.unet,
+        architecture.denoiser,
         architecture.latent_shape(settings.data.resolution),
         architecture.tokens,
         torch.bfloat16 if settings.precision == "bf16" else torch.float32,
@@ -59,9 +61,12 @@ def network_cost(settings: RunSettings, architecture: Architecture, trained: boo
 
 def with_head(net: Cost, architecture: Architecture, resolution: int) -> Cost:
     """The fake score with DMD2's GAN head on the middle block's features: convolutions 4 x 4 that halve the side down to
-    4, and one to a single logit. Its activations and FLOP are below a hundredth of the network's and left out."""
-    channels = architecture.unet["block_out_channels"][-1]
-    side = architecture.latent_shape(resolution)[1] // 2 ** (len(architecture.unet["block_out_channels"]) - 1)
+    4, and one to a single logit. Its activations and FLOP are below a hundredth of the network's and left out. Raises
+    ModelError for a network without middle block."""
+    blocks = architecture.denoiser.get("block_out_channels")
+    if blocks is None:
+        raise ModelError(no_features(architecture.denoiser["_class_name"]))
+    channels, side = blocks[-1], architecture.latent_shape(resolution)[1] // 2 ** (len(blocks) - 1)
     halvings = max(int(math.log2(max(side, 4))) - 2, 0)
     head = (16 * channels * channels,) * halvings + (16 * channels,)
     return replace(net, trainable=net.trainable + head)

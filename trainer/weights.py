@@ -86,11 +86,12 @@ class Slice:
 
 
 @contextmanager
-def open_folder(shapes: dict[str, tuple[int, ...]], folder: Path):
-    """The files of a weights folder by key, if it holds exactly these keys and shapes. Raises ModelError."""
+def open_folder(shapes: dict[str, tuple[int, ...]], folder: Path, variant: str = ""):
+    """The files of a weights folder (of the variant, if it has them) by key, if it holds exactly these keys and shapes.
+    Raises ModelError."""
     files = []
     try:
-        for file in weight_files(folder):
+        for file in weight_files(folder, variant):
             files.append(TensorFile(file))
         found = {key: file for file in files for key in file.shapes}
         missing, unexpected = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
@@ -108,10 +109,11 @@ def open_folder(shapes: dict[str, tuple[int, ...]], folder: Path):
 
 class Weights:
     """All weights of a network, as slices; `constants` are its persistent buffers, which never change and which every
-    rank holds. `values` below are lists of tensors, one a slice: this rank's elements, flat."""
+    rank holds. `values` below are lists of tensors, one a slice: this rank's elements, flat. variant: of weight files, in
+    folders that have it."""
 
-    def __init__(self, network: nn.Module, world: World):
-        self.world = world
+    def __init__(self, network: nn.Module, world: World, variant: str = ""):
+        self.world, self.variant = world, variant
         self.slices = [Slice(key, parameter, world) for key, parameter in network.named_parameters()]
         self.constants = _constants(network)
 
@@ -136,7 +138,7 @@ class Weights:
         dtype. Live weights are left as they are. Raises ModelError.
         """
         out = self.host_buffers(pinned=False) if out is None else out
-        with open_folder(self.shapes, folder) as files:
+        with open_folder(self.shapes, folder, self.variant) as files:
             for s, value in zip(self.slices, out, strict=True):
                 value.copy_(files[s.key].read(s.key, s.start, s.end))
         return out
@@ -177,7 +179,7 @@ class Weights:
             getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False
         ):
             whole |= {id(p): m for p, m in zip(live, masters, strict=True)}  # stage 0: every rank has every master
-        with open_folder(self.shapes, folder) as files:
+        with open_folder(self.shapes, folder, self.variant) as files:
             for s in self.slices:
                 file = files[s.key]
                 if file.dtypes[s.key] != torch.float32:
@@ -210,7 +212,13 @@ class _Rows(deepspeed.zero.Init):
 
 
 def load_folder(
-    network: nn.Module, folder: Path, world: World, dtype: torch.dtype, config: dict, group: object = None
+    network: nn.Module,
+    folder: Path,
+    world: World,
+    dtype: torch.dtype,
+    config: dict,
+    group: object = None,
+    variant: str = "",
 ) -> int:
     """Gives a network on the meta device its weights, from a folder that fits exactly; returns the number of tensors.
 
@@ -231,7 +239,7 @@ def load_folder(
     constants = _constants(network)
     shapes = {key: tuple(getattr(module, name).shape) for module, name, key in owners}
     shapes |= {key: tuple(buffer.shape) for key, buffer in constants.items()}
-    with open_folder(shapes, folder) as files, torch.no_grad():
+    with open_folder(shapes, folder, variant) as files, torch.no_grad():
         for module, name, key in owners:
             empty = torch.empty(shapes[key], dtype=dtype, device=world.device)
             parameter = nn.Parameter(empty, getattr(module, name).requires_grad)
@@ -240,7 +248,9 @@ def load_folder(
                 init._convert_to_zero_parameters([parameter])
             s = Slice(key, parameter, world)
             s.write(files[key].read(key, s.start, s.end))
-        for key, buffer in constants.items():
+        for buffer in network.buffers():  # which DeepSpeed leaves where they are if the parameters are sharded
+            buffer.data = buffer.data.to(world.device)
+        for key, buffer in _constants(network).items():
             buffer.copy_(files[key].read(key, 0, buffer.numel()).view(buffer.shape))
     if init is not None and init.mem_efficient_linear:
         # As DeepSpeed does for a network that it partitions itself: else a linear layer's graph keeps the gathered weight.
@@ -251,9 +261,9 @@ def load_folder(
 def save_folder(
     state: dict[str, Tensor], config: dict, folder: Path, dtype: torch.dtype | None = None, about: dict | None = None
 ) -> None:
-    """Writes a whole state dict as a folder that UNet2DConditionModel.from_pretrained loads. Atomic; rank 0 only.
+    """Writes a whole state dict as a folder that its class loads with from_pretrained. Atomic; rank 0 only.
 
-    config: the network's own configuration (`unet.config`). dtype: default: as it is. about: if given, is kept in the
+    config: the network's own configuration (`network.config`). dtype: default: as it is. about: if given, is kept in the
     folder as node.json, together with the weights file's sha256 and its size in bytes.
     """
     temporary = folder.with_name(folder.name + ".tmp")
