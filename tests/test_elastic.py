@@ -11,7 +11,7 @@ from ranks import elastic_flags, pretraining, stop_recording, stop_training
 from torch import Tensor
 
 from data.order import Split
-from models.pipeline import load_unet
+from models.pipeline import load_network
 from trainer.backtrack import Backtracking
 from trainer.errors import UserError
 from trainer.loop import train
@@ -172,9 +172,9 @@ def test_pretraining_on_two_then_one(root, world, by_two):
         stage = pretraining(root, f"pretraining-{name}", world)
         folder = stage.run.folder / "pretrain"
         train(stage, stage.settings.loop, stage.run.settings.health, folder, world)
-        weights[name] = load_unet(folder / "checkpoints" / "step-00000008" / "weights").state_dict()
+        weights[name] = load_network(folder / "checkpoints" / "step-00000008" / "weights").state_dict()
     assert support.largest_difference(weights["whole"], weights["parts"]) < 1e-5  # the average, at a high learning rate
-    start = load_unet(root / "base" / "pipeline" / "unet").state_dict()
+    start = load_network(root / "base" / "pipeline" / "unet").state_dict()
     assert support.largest_difference(weights["whole"], start) > 1e-4
 
 
