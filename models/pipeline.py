@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from models.errors import ModelError
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+LORA_FOLDER = "lora"  # in an exported pipeline: a LoRA folder that is not merged
 NOTE = "disback.json"  # what an exported pipeline says of itself
 
 
@@ -72,10 +75,11 @@ def load_schedule(pipeline: Path) -> Schedule:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a weights folder: one, or those that its index names. Raises ModelError."""
+    """The safetensors files of a weights or LoRA folder: one, or those that its index names. Raises ModelError."""
     folder = Path(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
+    for name in (WEIGHTS_FILE, LORA_FILE):
+        if (folder / name).is_file():
+            return [folder / name]
     index = folder / INDEX_FILE
     if not index.is_file():
         raise ModelError(f"{folder}: no {WEIGHTS_FILE} (and no index) there")
@@ -127,16 +131,25 @@ def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler:
     )
 
 
-def write_one_step_pipeline(source: Path, unet: Path, timestep: int, out: Path, note: dict) -> None:
-    """Writes a pipeline folder with the UNet of the folder `unet`, all else from `source`, for one step at `timestep`.
+def write_one_step_pipeline(
+    source: Path, unet: Path | Callable[[Path], None], timestep: int, out: Path, note: dict, lora: Path | None = None
+) -> None:
+    """Writes a pipeline folder with the UNet of the folder `unet` (or what `unet` writes into the folder it is given),
+    all else from `source`, for one step at `timestep`.
 
-    `note` is kept as disback.json. Atomic: an existing pipeline at `out` is replaced as a whole.
+    `note` is kept as disback.json; a LoRA folder is copied as `lora/`. Atomic: an existing pipeline at `out` is
+    replaced as a whole.
     """
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     skip = shutil.ignore_patterns("unet", "scheduler", "*.bin", "*.ckpt", "*.onnx*", "*.msgpack", "*.fp16.safetensors")
     shutil.copytree(source, temporary, ignore=skip)
-    shutil.copytree(unet, temporary / "unet")
+    if callable(unet):
+        unet(temporary / "unet")
+    else:
+        shutil.copytree(unet, temporary / "unet", ignore=skip)
+    if lora:
+        shutil.copytree(lora, temporary / LORA_FOLDER)
     one_step_scheduler(source, timestep).save_pretrained(temporary / "scheduler")
     index = json.loads((temporary / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "DDIMScheduler"]

@@ -22,7 +22,9 @@ from trainer.weights import read_folder
 def opened(root, world, path=None, **changes):
     settings = support.tiny(root, "x", *[f"{k}={v}" for k, v in changes.items()])
     unet = settings.pipeline_folder / "unet"
-    return open_path(path or settings.path_folder, unet, settings.start_folder, settings.conditioning_timestep, world)
+    return open_path(
+        path or settings.path_folder, unet, settings.start_folder, settings.conditioning_timestep, world, settings.lora
+    )
 
 
 @pytest.fixture

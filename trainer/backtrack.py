@@ -17,9 +17,10 @@ from data.reader import Batch
 from models.conditioning import Conditioning
 from models.ema import Ema
 from models.flops import forward_flops
+from models.lora import check_targets, is_adapter, load_merged
 from models.networks import denoising_loss, generate, predict, predict_guided
 from models.objectives import OBJECTIVES, Scores
-from models.pipeline import check_pipeline, weights_hash, write_one_step_pipeline
+from models.pipeline import check_pipeline, write_one_step_pipeline
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
 from trainer.errors import UserError
@@ -31,7 +32,6 @@ from trainer.schedules import learning_rate
 from trainer.stage import TrainStage
 from trainer.target import Target
 from trainer.telemetry import Meters, log
-from trainer.weights import save_folder
 
 
 class Backtracking(TrainStage):
@@ -44,35 +44,44 @@ class Backtracking(TrainStage):
                 "last generator update would lack fake-score updates"
             )
         teacher_folder = s.pipeline_folder / "unet"
+        if s.lora.rank:
+            for folder in {teacher_folder, s.start_folder}:
+                check_targets(folder, s.lora)
         path = None
         if settings.path != "none":
-            path = open_path(s.path_folder, teacher_folder, s.start_folder, s.conditioning_timestep, run.world)
+            where = (s.path_folder, teacher_folder, s.start_folder)
+            path = open_path(*where, s.conditioning_timestep, run.world, s.lora)
         self.sampler = run.sampler(s.pipeline_folder)
         self.schedule, self.timestep = self.sampler.schedule, s.conditioning_timestep
         self.objective = OBJECTIVES[settings.objective]
         far = path.folder(len(path.nodes) - 1) if path else teacher_folder
         log.info(f"fake score starts from {far}")
-        self.teacher = self.role("teacher", teacher_folder, settings.teacher_ds_config)
-        self.generator = self.role("generator", s.start_folder, settings.generator_ds_config, settings.generator)
-        self.fake_score = self.role("fake_score", far, settings.fake_score_ds_config, settings.fake_score)
-        self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
+        # With LoRA every role is an adapter on the weights that it would have had, and a node is an adapter on the
+        # teacher's; a target that never moves needs none.
+        new = "new" if s.lora.rank else None
+        walks = settings.path == "walk"
+        self.teacher = self.role("teacher", teacher_folder, settings.teacher_ds_config, None, new if walks else None)
+        self.generator = self.role("generator", s.start_folder, settings.generator_ds_config, settings.generator, new)
+        fake = (teacher_folder, far if path else new) if new else (far, None)
+        self.fake_score = self.role("fake_score", fake[0], settings.fake_score_ds_config, settings.fake_score, fake[1])
+        self.target = Target(self.teacher, path if walks else None, settings.walk)
         self.ema = Ema(self.generator.local(), settings.ema)
         self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
         self.norms: dict[str, float] = {}
         self.flops = self._flops()
-        self.identity["teacher"] = weights_hash(teacher_folder)
+        self.identity["teacher"] = self.hash(teacher_folder)
         if path:
             self.identity["far_node"] = path.nodes[-1].sha256
 
     def _flops(self) -> float:
-        """FLOP of an average step and rank: a turn has the generator forward and back (3), target and fake score
-        forward; a fake update is forward and back (3), and makes its own samples unless it may reuse a turn's."""
+        """FLOP of an average step and rank: a turn has the generator forward and back, target and fake score forward; a
+        fake update is forward and back, and makes its own samples unless it may reuse a turn's."""
         settings = self.settings
         tokens = self.sampler.text.tokens
         forward = forward_flops(self.generator.config, self.sampler.latent_shape, tokens)
-        turn = 3 + (1 if settings.guidance_scale == 1 else 2) + 1
+        turn = self.trained_passes + (1 if settings.guidance_scale == 1 else 2) + 1
         fresh = 0 if settings.reuse_x0 else settings.fake_updates - 1
-        passes = turn + 3 * settings.fake_updates + fresh
+        passes = turn + self.trained_passes * settings.fake_updates + fresh
         return forward * passes / settings.fake_updates * self.micro * settings.accumulation
 
     def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
@@ -161,9 +170,7 @@ class Backtracking(TrainStage):
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
             with self.generator.averaged(self.ema):
-                state = self.generator.state_dict()
-            if state is not None:
-                save_folder(state, self.generator.config, folder, self.run.dtype)
+                self.save_weights(self.generator, folder, self.run.dtype)
 
         return write
 
@@ -197,10 +204,20 @@ def _spread(x0: Tensor) -> Tensor:
     return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()
 
 
-def export_generator(run: Run, unet: Path, out: Path, note: dict) -> None:
-    """Writes a one-step pipeline of a generator's UNet folder."""
+def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool = True) -> None:
+    """Writes a one-step pipeline of a generator's UNet folder, or of its LoRA folder: merged into the UNet that it
+    started from, or beside it as `lora/`."""
     source, timestep = run.settings.pipeline_folder, run.settings.conditioning_timestep
-    write_one_step_pipeline(source, unet, timestep, out, note | {"resolution": run.settings.data.resolution})
+    unet, lora, start = weights, None, run.settings.start_folder
+    if is_adapter(weights) and merge:
+
+        def unet(folder: Path) -> None:
+            load_merged(start, weights, run.dtype).save_pretrained(folder, safe_serialization=True)
+
+    elif is_adapter(weights):
+        unet, lora = start, weights
+    note = note | {"resolution": run.settings.data.resolution}
+    write_one_step_pipeline(source, unet, timestep, out, note, lora)
 
 
 def backtrack(run: Run) -> None:

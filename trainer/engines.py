@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import Ema
+from models.lora import adapter_parameters
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.optimizer import GuardedAdamW
@@ -77,6 +78,9 @@ def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, prec
 class Role:
     """One network under DeepSpeed, trained (with an optimizer) or frozen (without).
 
+    Of a network with a LoRA adapter, only the adapter is trained, sliced, averaged, switched and saved: its base stays
+    as it was loaded, in the engine's precision, and has no optimizer state.
+
     Call it for a forward pass. `module` is the bare network, for terms that need autograd to an input only. `config` is
     the network's own configuration, as its weights folder has it.
     """
@@ -89,15 +93,23 @@ class Role:
         stage = config["zero_optimization"]["stage"]
         if not self.trained and stage not in (0, 3):
             raise UserError(f"{name}: a frozen role runs at ZeRO stage 0 or 3, not {stage}: use zero0 or teacher")
-        network.requires_grad_(self.trained).train(self.trained)
+        self.adapter = bool(adapter_parameters(network))
+        network.requires_grad_(False).train(self.trained)
+        weights = list(self._weights(network).values())
+        for parameter in weights:
+            parameter.requires_grad_(self.trained)
         adam = None
         if optimizer is not None:
-            adam = GuardedAdamW(list(network.parameters()), optimizer, world)
+            adam = GuardedAdamW(weights, optimizer, world)
         self.adam = adam
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
         self.stage = stage
-        self.slices = [Slice(key, p, world) for key, p in self.engine.module.named_parameters()]
+        self.slices = [Slice(key, p, world) for key, p in self._weights(self.engine.module).items()]
         self._probe = self._some_weights()
+
+    def _weights(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The role's own parameters by their names in files: the adapter's, if there is one, else all."""
+        return adapter_parameters(network) if self.adapter else dict(network.named_parameters())
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.engine(*args, **kwargs)
@@ -169,7 +181,13 @@ class Role:
             self.write(kept)
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """A copy of the whole network's weights on rank 0 (host memory), None on the others. Every rank must call it."""
+        """A copy of the whole network's weights, or of the adapter's if there is one, on rank 0 (host memory), None on
+        the others. Every rank must call it."""
+        if self.adapter:
+            with deepspeed.zero.GatheredParameters([s.parameter for s in self.slices], enabled=self.stage == 3):
+                return {
+                    s.key: s.parameter.detach().to("cpu", copy=True) for s in self.slices if self.world.main
+                } or None
         if self.stage == 3:
             whole = self.engine._zero3_consolidated_16bit_state_dict()
         else:
@@ -178,3 +196,29 @@ class Role:
             return None
         # Always a copy: on a CPU .cpu() gives the live weights, and the averaged ones would change back under the caller.
         return {key: value.detach().to("cpu", copy=value.device.type == "cpu") for key, value in whole.items()}
+
+    def save_engine(self, folder: Path) -> None:
+        """Writes weights and optimizer into folder/NAME, in DeepSpeed's form. Every rank must call it.
+
+        Frozen weights stay out: ZeRO-3 would save them in pieces that it loses on resume (DeepSpeed#3090, #5439), and
+        the pipeline folder has them, known by their hash.
+        """
+        self.engine.save_checkpoint(
+            str(folder), tag=self.name, save_latest=False, exclude_frozen_parameters=self.adapter
+        )
+
+    def load_engine(self, folder: Path) -> bool:
+        """Reads what `save_engine` wrote; False if there is nothing. Raises whatever DeepSpeed raises for a damaged
+        file, and RuntimeError for one of other parameters."""
+        strictly = load_trained if self.adapter else None
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=self.name, custom_load_fn=strictly)
+        return loaded is not None
+
+
+def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Loads a state dict of exactly the trained parameters into a network; the frozen ones stay. Raises RuntimeError."""
+    frozen = {name for name, p in dst.named_parameters() if not p.requires_grad}
+    wrong = dst.load_state_dict(src, strict=False)
+    if wrong.unexpected_keys or set(wrong.missing_keys) != frozen:
+        missing = sorted(set(wrong.missing_keys) - frozen)
+        raise RuntimeError(f"missing {missing[:3]}, unexpected {wrong.unexpected_keys[:3]}")

@@ -84,7 +84,7 @@ def evaluate_one(run: Run, source: Source, judge: Judge, reference: Reference) -
         "seed": settings.seed,
         "features": judge.name,
         "reference": f"{reference.name} ({len(reference.features)} images)",
-        "checkpoint": str(source.unet),
+        "checkpoint": str(source.weights),
     }
     if judge.classes:
         record["class_accuracy"] = float(sum_over_ranks(correct, run.world)) / settings.images

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from models.pipeline import check_pipeline
+from models.pipeline import LORA_FOLDER, check_pipeline
 from trainer.backtrack import export_generator
 from trainer.command import run_verb
 from trainer.errors import UserError
@@ -25,14 +25,17 @@ def export(run: Run) -> None:
     out = Path(settings.out) if settings.out else run.folder / "generator"
     if run.world.main:
         try:
-            export_generator(run, unet, out, {"checkpoint": name, "weights": "ema"})
+            export_generator(run, unet, out, {"checkpoint": name, "weights": "ema"}, settings.merge)
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}: choose another folder with --out") from error
         print(f"{out}: DiffusionPipeline.from_pretrained('{out}')(prompt, num_inference_steps=1, guidance_scale=0.0)")
+        if (out / LORA_FOLDER).is_dir():
+            print(f"with its LoRA: call .load_lora_weights('{out / LORA_FOLDER}') on the pipeline first")
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = {"--checkpoint": ("export.checkpoint", "NAME"), "--out": ("export.out", "DIR")}
+    flags["--no-merge"] = ("export.merge=false", "")
     return run_verb("export", "Writes a one-step diffusers pipeline of a checkpoint.", export, argv, flags)
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from models.lora import LoraSettings
 from models.pipeline import weights_hash
 from trainer.distributed import World, from_main
 from trainer.errors import UserError
@@ -31,7 +32,8 @@ class Node:
 
 @dataclass(frozen=True)
 class DegradationPath:
-    """A verified path. folder(i) is a weights folder that UNet2DConditionModel.from_pretrained loads."""
+    """A verified path. folder(i) is a weights folder that UNet2DConditionModel.from_pretrained loads; of a path of LoRA
+    nodes, for i > 0, a LoRA folder that `load_lora_adapter(folder, prefix="unet")` puts on the teacher."""
 
     root: Path
     teacher_unet: Path
@@ -70,7 +72,9 @@ def choose_nodes(distances: list[float], count: int) -> list[int]:
     return [*chosen, last]
 
 
-def write_manifest(root: Path, teacher: Path, hashes: tuple[str, str], timestep: int, nodes: list[Node]) -> None:
+def write_manifest(
+    root: Path, teacher: Path, hashes: tuple[str, str], timestep: int, nodes: list[Node], lora: LoraSettings
+) -> None:
     """Writes path.json, last of all and atomically: a path without it is not a path."""
     reference = root / "node-0000"
     reference.mkdir(exist_ok=True)
@@ -80,6 +84,7 @@ def write_manifest(root: Path, teacher: Path, hashes: tuple[str, str], timestep:
         "teacher": hashes[0],
         "generator": hashes[1],
         "conditioning_timestep": timestep,
+        **_kind(lora),
         "nodes": [asdict(node) for node in nodes],
     }
     temporary = root / (MANIFEST + ".tmp")
@@ -87,13 +92,21 @@ def write_manifest(root: Path, teacher: Path, hashes: tuple[str, str], timestep:
     os.replace(temporary, root / MANIFEST)
 
 
-def open_path(root: Path, teacher_unet: Path, start: Path, timestep: int, world: World) -> DegradationPath:
-    """Reads and verifies a recorded path: it must be this teacher's and this generator start's, and every node must be
-    there to the byte. Rank 0 reads the weights once to hash them; all ranks raise the same UserError."""
+def _kind(lora: LoraSettings) -> dict:
+    """What the manifest says of the nodes' kind."""
+    return {"kind": "lora", "lora": lora.identity()} if lora.rank else {"kind": "full"}
+
+
+def open_path(
+    root: Path, teacher_unet: Path, start: Path, timestep: int, world: World, lora: LoraSettings
+) -> DegradationPath:
+    """Reads and verifies a recorded path: it must be this teacher's and this generator start's, its nodes of the kind
+    that the run trains, and every node must be there to the byte. Rank 0 reads the weights once to hash them; all
+    ranks raise the same UserError."""
     problem = nodes = None
     if world.main:
         try:
-            nodes = _verified(root, weights_hash(teacher_unet), weights_hash(start), timestep)
+            nodes = _verified(root, weights_hash(teacher_unet), weights_hash(start), timestep, lora)
         except UserError as error:
             problem = str(error)
     problem, nodes = from_main((problem, nodes), world)
@@ -102,7 +115,7 @@ def open_path(root: Path, teacher_unet: Path, start: Path, timestep: int, world:
     return DegradationPath(root, teacher_unet, nodes)
 
 
-def _verified(root: Path, teacher: str, start: str, timestep: int) -> list[Node]:
+def _verified(root: Path, teacher: str, start: str, timestep: int, lora: LoraSettings) -> list[Node]:
     file = root / MANIFEST
     try:
         record = json.loads(file.read_text())
@@ -127,6 +140,7 @@ def _verified(root: Path, teacher: str, start: str, timestep: int) -> list[Node]
             f"{record['conditioning_timestep']}, this run {timestep}; or other weights): set `conditioning_timestep` and "
             "`generator_start` as they were recorded, or record again"
         )
+    _check_kind(root, {key: record.get(key) for key in ("kind", "lora") if key in record}, _kind(lora))
     nodes = [Node(**node) for node in record["nodes"]]
     if [node.index for node in nodes] != list(range(len(nodes))) or len(nodes) < 2:
         raise UserError(f"path {file}: nodes {[n.index for n in nodes]} are not 0, 1, ..., N: record the path again")
@@ -140,3 +154,17 @@ def _verified(root: Path, teacher: str, start: str, timestep: int) -> list[Node]
                 "copy it again from where it was recorded, or record the path again"
             )
     return nodes
+
+
+def _check_kind(root: Path, recorded: dict, wanted: dict) -> None:
+    recorded = {"kind": "full"} | recorded
+    if recorded == wanted:
+        return
+    if recorded["kind"] != wanted["kind"]:
+        has = "whole networks" if recorded["kind"] == "full" else f"LoRA of rank {recorded['lora']['rank']}"
+        wants = "whole networks (lora.rank=0)" if wanted["kind"] == "full" else f"lora.rank={wanted['lora']['rank']}"
+        what = f"its nodes are {has}, this run trains {wants}"
+    else:
+        keys = [key for key in wanted["lora"] if recorded["lora"][key] != wanted["lora"][key]]
+        what = "; ".join(f"lora.{key} was {recorded['lora'][key]}, is now {wanted['lora'][key]}" for key in keys)
+    raise UserError(f"path {root}: {what}: set `lora` as it was recorded, or record a path for this one (path=...)")

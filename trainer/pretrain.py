@@ -24,7 +24,6 @@ from trainer.runstate import WEIGHTS
 from trainer.schedules import learning_rate
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
-from trainer.weights import save_folder
 
 
 class Pretraining(TrainStage):
@@ -80,9 +79,7 @@ class Pretraining(TrainStage):
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
             with self.teacher.averaged(self.ema):
-                state = self.teacher.state_dict()
-            if state is not None:
-                save_folder(state, self.teacher.config, folder, self.run.dtype)
+                self.save_weights(self.teacher, folder, self.run.dtype)
 
         return write
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from models.conditioning import Conditioning
 from models.flops import forward_flops
+from models.lora import check_targets
 from models.networks import denoising_loss, generate, predict
-from models.pipeline import check_pipeline, weights_hash
+from models.pipeline import check_pipeline
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
 from trainer.loop import train
@@ -20,7 +21,6 @@ from trainer.runstate import step_name
 from trainer.schedules import learning_rate
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
-from trainer.weights import save_folder
 
 
 class Recording(TrainStage):
@@ -33,19 +33,20 @@ class Recording(TrainStage):
     def __init__(self, run: Run):
         settings = run.settings.record
         super().__init__("record", run, settings, images=False)
-        s = run.settings
+        s, adapter = run.settings, None
+        teacher_folder = s.pipeline_folder / "unet"
+        if s.lora.rank:
+            check_targets(teacher_folder, s.lora)
+            adapter = "new"
         self.sampler = run.sampler(s.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.timestep = s.conditioning_timestep
         self.generator = self.role("generator", s.start_folder, settings.teacher_ds_config)
-        teacher_folder = s.pipeline_folder / "unet"
-        self.fake_score = self.role("fake_score", teacher_folder, settings.ds_config, settings.optimizer)
+        self.fake_score = self.role("fake_score", teacher_folder, settings.ds_config, settings.optimizer, adapter)
         tokens = self.sampler.text.tokens
         flops = forward_flops(self.fake_score.config, self.sampler.latent_shape, tokens)
-        self.flops = 4 * flops * self.micro * settings.accumulation  # sample, forward, and a backward of two forwards
-        teacher = weights_hash(teacher_folder)
-        start = teacher if s.start_folder == teacher_folder else weights_hash(s.start_folder)
-        self.hashes = teacher, generator_hash(start, self.timestep)
+        self.flops = (1 + self.trained_passes) * flops * self.micro * settings.accumulation  # 1: sampling
+        self.hashes = self.hash(teacher_folder), generator_hash(self.hash(s.start_folder), self.timestep)
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
         self.candidates = s.path_folder / "candidates"
         self.steps_kept: list[int] = []
@@ -123,9 +124,7 @@ class Recording(TrainStage):
             and self.distance - before <= self.distance / (2 * settings.nodes)
         ):
             return
-        state = self.fake_score.state_dict()
-        if state is not None:
-            save_folder(state, self.fake_score.config, self.candidates / step_name(step), torch.bfloat16)
+        self.save_weights(self.fake_score, self.candidates / step_name(step), torch.bfloat16)
         self.steps_kept.append(step)
         self.distances.append(self.distance)
         self.predictions.append(prediction.cpu())
@@ -186,7 +185,7 @@ class Recording(TrainStage):
                 about = (str(file.relative_to(root)), file_hash(file), file.stat().st_size)
                 nodes.append(Node(index, self.steps_kept[i], *about, self.distances[i], gap))
         if self.world.main:
-            write_manifest(root, teacher, self.hashes, self.timestep, nodes)
+            write_manifest(root, teacher, self.hashes, self.timestep, nodes, self.run.settings.lora)
             shutil.rmtree(self.candidates)
         barrier(self.world)
         return nodes

@@ -2,7 +2,7 @@
 
 A checkpoint is one folder, `checkpoints/step-00000500/`, that holds every trained role's engine, each rank's own state
 (EMA slices, global generators, meters, the stage's state) and, for evaluation jobs, the current weights as a plain
-UNet folder. It is written under a temporary name, renamed when every rank is done, and only then named by LATEST,
+UNet or LoRA folder. It is written under a temporary name, renamed when every rank is done, and only then named by LATEST,
 which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own `latest` is not
 used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by its hash.
 """
@@ -25,7 +25,7 @@ from trainer.telemetry import log
 from trainer.weights import sync_file
 
 FORMAT = 1
-WEIGHTS = "weights"  # in a checkpoint: what an evaluation reads, a plain UNet folder
+WEIGHTS = "weights"  # in a checkpoint: what an evaluation reads, a plain UNet or LoRA folder
 
 
 def step_name(step: int) -> str:
@@ -76,8 +76,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier(self.world)
-        for name, role in self.trained.items():
-            role.engine.save_checkpoint(str(temporary / "engines"), tag=name, save_latest=False)
+        for role in self.trained.values():
+            role.save_engine(temporary / "engines")
         mine = state | {"generators": global_generators(self.world.device)}
         file = temporary / f"rank-{self.world.rank:05d}.pt"
         torch.save(mine, file)
@@ -132,12 +132,12 @@ class Checkpoints:
         self._check(about, folder)
         for key, role in self.trained.items():
             try:
-                loaded, _ = role.engine.load_checkpoint(str(folder / "engines"), tag=key)
+                loaded = role.load_engine(folder / "engines")
             except Exception as error:  # DeepSpeed raises whatever torch.load and its own asserts raise
                 raise UserError(
                     f"checkpoint {folder}: {key} cannot be loaded: {type(error).__name__}: {error}"
                 ) from error
-            if loaded is None:
+            if not loaded:
                 raise UserError(f"checkpoint {folder}: {key} is missing: write another step's name into {latest}")
         state = torch.load(folder / f"rank-{self.world.rank:05d}.pt", map_location="cpu", weights_only=False)
         restore_generators(state["generators"], self.world.device)

@@ -37,7 +37,7 @@ def sample(run: Run) -> None:
         write_png(
             make_grid(enlarge(images, settings.enlarge), settings.columns, 2, pad_value=128), str(out / "grid.png")
         )
-        print(f"{len(images)} images of {source.source.unet} and grid.png in {out}")
+        print(f"{len(images)} images of {source.source.weights} and grid.png in {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

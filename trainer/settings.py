@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.config import DataConfig
+from models.lora import LoraSettings
 from models.miniature import MiniatureSettings
 from trainer.health import HealthSettings
 from trainer.loop import LoopSettings
@@ -124,9 +125,12 @@ class EvaluateSettings(Strict):
 
 
 class ExportSettings(Strict):
-    """checkpoint: such as step-00000500 (default: the last). out: the folder to write (default: generator/ of the run)."""
+    """checkpoint: such as step-00000500 (default: the last). out: the folder to write (default: generator/ of the run).
+    merge: of a LoRA run, writes the sum of base and LoRA as the UNet; false keeps the base and puts the LoRA beside it,
+    in lora/, for `pipe.load_lora_weights`."""
 
     checkpoint: str = ""
+    merge: bool = True
     out: str = ""
 
 
@@ -148,6 +152,7 @@ class RunSettings(Strict):
     path: str = ""
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
+    lora: LoraSettings = LoraSettings()
     data: DataConfig = DataConfig()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()

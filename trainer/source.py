@@ -7,7 +7,8 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from models.pipeline import NOTE, check_pipeline, load_unet
+from models.lora import is_adapter, load_merged
+from models.pipeline import LORA_FOLDER, NOTE, check_pipeline, load_unet
 from models.sampler import Sampler, image_noise
 from trainer.errors import UserError
 from trainer.run import Run
@@ -17,16 +18,24 @@ from trainer.runstate import WEIGHTS
 @dataclass(frozen=True)
 class Source:
     """name: for folders of results. unet: weights folder. pipeline: where text encoders, decoder and schedule are.
-    timestep: the conditioning timestep of a one-step generator, None for a diffusion model."""
+    timestep: the conditioning timestep of a one-step generator, None for a diffusion model. lora: a LoRA folder to be
+    merged into the UNet, as `export` does it."""
 
     name: str
     unet: Path
     pipeline: Path
     timestep: int | None
+    lora: Path | None = None
+
+    @property
+    def weights(self) -> Path:
+        """The folder that makes the difference: the LoRA's, if there is one."""
+        return self.lora or self.unet
 
     def open(self, run: Run) -> "OpenSource":
         check_pipeline(self.pipeline)
-        unet = load_unet(self.unet, run.dtype).to(run.world.device).eval().requires_grad_(False)
+        unet = load_merged(self.unet, self.lora, run.dtype) if self.lora else load_unet(self.unet, run.dtype)
+        unet.to(run.world.device).eval().requires_grad_(False)
         return OpenSource(self, run, unet, run.sampler(self.pipeline))
 
 
@@ -62,22 +71,29 @@ def find_source(run: Run, what: str) -> Source:
         return Source("start", settings.start_folder, settings.pipeline_folder, timestep)
     checkpoint = run.folder / "backtrack" / "checkpoints" / what / WEIGHTS
     if checkpoint.is_dir():
-        return Source(what, checkpoint, settings.pipeline_folder, timestep)
+        return _weights(run, what, checkpoint)
     folder = Path(what)
     if (folder / "model_index.json").exists():
         return _pipeline(folder, folder.resolve().name)
-    if (folder / WEIGHTS / "config.json").exists():  # a checkpoint by its path
-        return Source(folder.resolve().name, folder / WEIGHTS, settings.pipeline_folder, timestep)
-    if (folder / "config.json").exists():
-        return Source(folder.resolve().name, folder, settings.pipeline_folder, timestep)
+    for weights in (folder / WEIGHTS, folder):  # a checkpoint by its path; a UNet or LoRA folder
+        if (weights / "config.json").exists() or is_adapter(weights):
+            return _weights(run, folder.resolve().name, weights)
     known = sorted(p.parent.name for p in (run.folder / "backtrack" / "checkpoints").glob(f"step-*/{WEIGHTS}"))
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'none there'}), a "
-        "pipeline folder or a UNet folder"
+        "pipeline folder, a UNet folder or a LoRA folder"
     )
+
+
+def _weights(run: Run, name: str, folder: Path) -> Source:
+    """A one-step generator by its UNet folder, or by its LoRA folder on the network that it starts from."""
+    settings = run.settings
+    unet, lora = (settings.start_folder, folder) if is_adapter(folder) else (folder, None)
+    return Source(name, unet, settings.pipeline_folder, settings.conditioning_timestep, lora)
 
 
 def _pipeline(folder: Path, name: str) -> Source:
     note = folder / NOTE
     timestep = json.loads(note.read_text()).get("conditioning_timestep") if note.exists() else None
-    return Source(name, folder / "unet", folder, timestep)
+    lora = folder / LORA_FOLDER
+    return Source(name, folder / "unet", folder, timestep, lora if is_adapter(lora) else None)

@@ -4,13 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
-from models.pipeline import load_unet
+from models.lora import attach
+from models.pipeline import load_unet, weights_hash
 from models.sampler import image_noise
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
@@ -18,6 +20,7 @@ from trainer.run import Run
 from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
 from trainer.telemetry import Meters, log
+from trainer.weights import save_adapter, save_folder, start_from
 
 PREVIEW = 32
 
@@ -37,19 +40,59 @@ class TrainStage:
         self.noise = run.noise(name)
         self.skipped = Counter()
         self.roles: dict[str, Role] = {}
+        self.bases: dict[str, str] = {}  # of roles that are adapters: the sha256 of the network below
+        self._hashes: dict[Path, str] = {}
         # What may differ between a run and its resumption: how long it trains and what it shows.
         private = settings.model_dump(mode="json", exclude={"loop", "steps"})
         self.identity = {f"{name}.{k}": v for k, v in private.items()}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
-    def role(self, name: str, folder: Path, ds_config: str, optimizer: OptimizerSettings | None = None) -> Role:
+    def role(
+        self,
+        name: str,
+        folder: Path,
+        ds_config: str,
+        optimizer: OptimizerSettings | None = None,
+        adapter: Path | Literal["new"] | None = None,
+    ) -> Role:
         """The network of a weights folder as a role under DeepSpeed: trained with an optimizer's settings, frozen
-        without."""
+        without. adapter: a LoRA folder to go on from, or "new", makes the role a LoRA adapter on that network."""
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
         precision = self.run.settings.precision
         config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, precision, self.world)
-        self.roles[name] = role = Role(name, load_unet(folder), config, self.world, optimizer)
+        # A frozen base needs no float32 copy; a network that is trained is loaded as exactly as it is stored.
+        network = load_unet(folder, self.run.dtype if adapter else torch.float32)
+        if adapter:
+            attach(network, self.run.settings.lora, f"{self.run.settings.seed}/{self.name}/{name}")
+            if adapter != "new":
+                start_from(network, adapter, self.world)
+            self.bases[name] = self.hash(folder)
+            self.identity["lora"] = self.run.settings.lora.identity()
+            self.identity[f"{name}.base"] = self.bases[name]
+        self.roles[name] = role = Role(name, network, config, self.world, optimizer)
         return role
+
+    @property
+    def trained_passes(self) -> int:
+        """Forward passes that a trained pass costs: itself, gradients on activations and, unless they are a LoRA's few,
+        on weights."""
+        return 2 if self.run.settings.lora.rank else 3
+
+    def hash(self, folder: Path) -> str:
+        """The sha256 of a weights folder, read once."""
+        if folder not in self._hashes:
+            self._hashes[folder] = weights_hash(folder)
+        return self._hashes[folder]
+
+    def save_weights(self, role: Role, folder: Path, dtype: torch.dtype) -> None:
+        """Writes a role's weights as a UNet folder, or as a LoRA folder if it is an adapter. Every rank calls it."""
+        state = role.state_dict()
+        if state is None:
+            return
+        if role.adapter:
+            save_adapter(state, role.module, folder, dtype, self.bases[role.name])
+        else:
+            save_folder(state, role.config, folder, dtype)
 
     def begin(self, step: int) -> None:
         """Opens the data at a step."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from trainer.engines import Role
@@ -41,16 +42,20 @@ class Target:
         if node == self.node:
             return False
         folder = self.path.folder(node)
-        if self._ahead and self._ahead[0] == node:
-            values = self._ahead[1].result()
-        else:
-            values = read_folder(self.teacher.slices, folder)
+        ahead = self._ahead and self._ahead[0] == node
+        values = self._ahead[1].result() if ahead else self._read(node)
         self.teacher.write(values)
         self.node, self._ahead = node, None
         log.info(f"generator update {update}: target is node {node} ({len(values)} tensors from {folder})")
         if node > 0:
-            self._ahead = node - 1, self._reader.submit(read_folder, self.teacher.slices, self.path.folder(node - 1))
+            self._ahead = node - 1, self._reader.submit(self._read, node - 1)
         return True
+
+    def _read(self, node: int) -> list[Tensor]:
+        """This rank's slices of a node. An adapter of zeros is the teacher itself: its node 0 is not read."""
+        if node == 0 and self.teacher.adapter:
+            return [torch.zeros_like(weights, device="cpu") for weights in self.teacher.local()]
+        return read_folder(self.teacher.slices, self.path.folder(node))
 
     def observe(self, update: int, mismatch: Tensor, mean: Callable[[Tensor], float]) -> None:
         """Adaptive walk: takes the mismatch of this update and, once an interval, decides (this reads the device)."""

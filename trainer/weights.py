@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.pipeline import WEIGHTS_FILE, replace_folder, weight_files
+from models.lora import CONFIG_FILE, adapter_note, adapter_parameters
+from models.pipeline import LORA_FILE, NOTE, WEIGHTS_FILE, replace_folder, weight_files
 from trainer.distributed import World
 
 
@@ -86,21 +87,46 @@ def read_folder(slices: list[Slice], folder: Path) -> list[Tensor]:
     return [s.read(handles[s.key][0]) for s in slices]
 
 
+@torch.no_grad()
+def start_from(network: nn.Module, folder: Path, world: World) -> None:
+    """Overwrites the adapter of a plain network with a LoRA folder's, strictly. Raises ModelError."""
+    slices = [Slice(key, p, world) for key, p in adapter_parameters(network).items()]
+    for s, value in zip(slices, read_folder(slices, folder), strict=True):
+        s.write(value)
+
+
 def save_folder(state: dict[str, Tensor], config: dict, folder: Path, dtype: torch.dtype) -> Path:
     """Writes a whole state dict as a folder that UNet2DConditionModel.from_pretrained loads. Atomic; rank 0 only.
 
     config: the network's own configuration (`unet.config`). Returns the weights file.
     """
+    plain = {k: v for k, v in config.items() if not (k.startswith("_") and k != "_class_name")}
+    texts = {"config.json": json.dumps(plain, indent=2, default=str) + "\n"}
+    return _save(state, folder, dtype, WEIGHTS_FILE, {"format": "pt"}, texts)
+
+
+def save_adapter(state: dict[str, Tensor], net: nn.Module, folder: Path, dtype: torch.dtype, base: str) -> Path:
+    """Writes an adapter's state dict as a LoRA folder (models.lora). Atomic; rank 0 only.
+
+    net: the network that carries the adapter. base: sha256 of the weights that it belongs on. Returns the weights file.
+    """
+    header, config = adapter_note(net)
+    texts = {CONFIG_FILE: config, NOTE: json.dumps({"kind": "lora", "base": base}, indent=2) + "\n"}
+    return _save(state, folder, dtype, LORA_FILE, header, texts)
+
+
+def _save(
+    state: dict[str, Tensor], folder: Path, dtype: torch.dtype, name: str, header: dict[str, str], texts: dict[str, str]
+) -> Path:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {key: value.to(dtype).contiguous() for key, value in state.items()}
-    save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-    plain = {k: v for k, v in config.items() if not (k.startswith("_") and k != "_class_name")}
-    (temporary / "config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
-    sync_file(temporary / WEIGHTS_FILE)
+    save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, temporary / name, metadata=header)
+    for file, text in texts.items():
+        (temporary / file).write_text(text)
+    sync_file(temporary / name)
     replace_folder(temporary, folder)
-    return folder / WEIGHTS_FILE
+    return folder / name
 
 
 def sync_file(file: Path) -> None:
