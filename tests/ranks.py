@@ -47,6 +47,20 @@ def recording(root, world):
     record(Run(support.tiny(root, "recording-two", *support.RECORDING, *flags), world))
 
 
+def lora(root, world):
+    """LoRA with two ranks: stage 2 at ZeRO 1 and 3, stopped and resumed at ZeRO 3, and stage 1 at ZeRO 3."""
+    stage = support.sharded_zero3(root / "lora")
+    for name in ("zero1", stage):
+        label, flags = Path(name).stem, (*support.PARITY, *support.lora(root), *support.zero(name))
+        run = support.single(root, f"lora-two-{label}", world, *flags)
+        support.save(support.backtrack_weights(run), root / "lora" / f"{label}.pt", world)
+    run = support.single(root, "lora-two-parts", world, *flags)
+    assert support.backtrack_weights(run, signal_at=(3,), signal_rank=1) is None
+    support.save(support.backtrack_weights(run), root / "lora" / "parts.pt", world)
+    flags = (f"record.ds_config={stage}", f"record.teacher_ds_config={stage}", f"path={root / 'lora' / 'path'}")
+    record(Run(support.tiny(root, "lora-recording-two", *support.RECORDING, *support.LORA, *flags), world))
+
+
 if __name__ == "__main__":
     no_progress_bars()
     everyone = start()

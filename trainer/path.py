@@ -33,7 +33,7 @@ class Node:
 @dataclass(frozen=True)
 class DegradationPath:
     """A verified path. folder(i) is a weights folder that UNet2DConditionModel.from_pretrained loads; of a path of LoRA
-    nodes, for i > 0, a LoRA folder that `load_lora_adapter(folder, prefix="unet")` puts on the teacher."""
+    nodes, for i > 0, a LoRA folder that `load_lora_adapter(folder, prefix="unet", use_safetensors=True)` puts on the teacher."""
 
     root: Path
     teacher_unet: Path
