@@ -168,9 +168,9 @@ def test_training_leaves_the_base_alone_and_resumes_exactly(root, world, path, t
     with pytest.raises(UserError, match=r"lora.alpha was 2.0, is now 3.0"):  # of the path; a checkpoint says the same
         support.backtrack_weights(other)
     last = run.folder / "backtrack" / "checkpoints" / "step-00000008"
-    saved = sum(f.stat().st_size for f in (last / "engines" / "generator").rglob("*"))
-    adapter = sum(v.numel() for k, v in whole.items() if k.startswith("generator."))
-    assert saved < 4 * adapter * 3 + 300_000  # float32 weights and two moments, and the bookkeeping of 158 tensors
+    file = last / "engines" / "generator" / "mp_rank_00_model_states.pt"
+    saved = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    assert len(saved) == 158 and all(".lora_" in key for key in saved)
     stage = Backtracking(support.single(root, "lora-base-weights", world, *support.lora(root)))
     for batch in range(2):
         stage.begin(batch)
