@@ -1,5 +1,7 @@
 """The order of samples: a pure function of (number of samples, seed, epoch), the same for every world size."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -31,3 +33,20 @@ def micro_batch_positions(step: int, part: int, rank: int, world: int, micro_bat
     """
     first = ((step * accumulation + part) * world + rank) * micro_batch
     return range(first, first + micro_batch)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step's global batch is cut: `world` ranks, `accumulation` micro-steps of `micro_batch` samples each."""
+
+    world: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def batch(self) -> int:
+        return self.world * self.micro_batch * self.accumulation
+
+    def rows(self, part: int, rank: int) -> range:
+        """The places in the global batch of a rank's micro-batch."""
+        return micro_batch_positions(0, part, rank, self.world, self.micro_batch, self.accumulation)

@@ -1,7 +1,7 @@
 """What a denoising network is told besides x_t and t: text states, pooled text and SDXL's time ids."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -10,32 +10,48 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Conditioning:
     """states: [B, L, D] text states; pooled: [B, P] pooled text; time_ids: [B, 6] original size (height, width),
-    crop corner (top, left), target size (height, width), in pixels (SDXL, Podell et al. 2023, section 2.2)."""
+    crop corner (top, left), target size (height, width), in pixels (SDXL, Podell et al. 2023, section 2.2). A family
+    that has no pooled text or no time ids has None.
+
+    empty_states, empty_pooled: the empty caption's, shaped as the caption's, or None if it is all zeros.
+    family: name of the family (models.families) whose networks take it.
+    """
 
     states: Tensor
-    pooled: Tensor
-    time_ids: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    empty_states: Tensor | None = None
+    empty_pooled: Tensor | None = None
+    family: str = "sdxl"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name; all of them have the batch as their first dimension."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        return Conditioning(function(self.states), function(self.pooled), function(self.time_ids))
+        """The function applied to every tensor."""
+        return replace(self, **{name: function(value) for name, value in self.tensors().items()})
 
     def unconditional(self) -> "Conditioning":
-        """The empty caption. SDXL base sets `force_zeros_for_empty_prompt`: no text is all zeros, not an encoded ""."""
-        return Conditioning(torch.zeros_like(self.states), torch.zeros_like(self.pooled), self.time_ids)
+        """The empty caption."""
+        states = torch.zeros_like(self.states) if self.empty_states is None else self.empty_states
+        pooled = self.empty_pooled
+        if pooled is None and self.pooled is not None:
+            pooled = torch.zeros_like(self.pooled)
+        return replace(self, states=states, pooled=pooled)
 
     def dropped(self, mask: Tensor) -> "Conditioning":
-        """Captions dropped where the boolean mask [B] is true (classifier-free guidance training)."""
-        keep = (~mask).to(self.states.dtype)
-        return Conditioning(self.states * keep[:, None, None], self.pooled * keep[:, None], self.time_ids)
+        """Captions replaced by the empty one where the boolean mask [B] is true (classifier-free guidance training)."""
+        empty = self.unconditional()
+        states = torch.where(mask[:, None, None], empty.states, self.states)
+        pooled = None if self.pooled is None else torch.where(mask[:, None], empty.pooled, self.pooled)
+        return replace(self, states=states, pooled=pooled)
 
     def doubled(self) -> "Conditioning":
         """[unconditional; conditional] stacked along the batch, for guidance in one network call."""
         empty = self.unconditional()
-        return Conditioning(
-            torch.cat([empty.states, self.states]),
-            torch.cat([empty.pooled, self.pooled]),
-            torch.cat([empty.time_ids, self.time_ids]),
-        )
+        pairs = {name: torch.cat([getattr(empty, name), value]) for name, value in self.tensors().items()}
+        return replace(self, **pairs)
 
 
 def square_time_ids(batch: int, resolution: int, device: torch.device) -> Tensor:

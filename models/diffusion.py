@@ -1,6 +1,11 @@
-"""The diffusion schedule and what a network predicts on it.
+"""The noise schedule and what a network predicts on it.
 
-Forward process (Ho et al. 2020, eq. 4): x_t = alpha_t x0 + sigma_t eps, with alpha_t^2 = abar_t and sigma_t^2 = 1 - abar_t.
+Forward process: x_t = alpha_t x0 + sigma_t eps. Two kinds:
+- variance preserving (Ho et al. 2020, eq. 4): alpha_t^2 = abar_t, sigma_t^2 = 1 - abar_t, t = 0..T-1;
+- rectified flow (Liu et al. 2022, eq. 1; Esser et al. 2024, eq. 13): alpha_t = 1 - t / T, sigma_t = t / T, t = 0..T,
+  where t = 0 is the data itself and t = T pure noise.
+
+A timestep is always what the network is told: a flow network is told sigma * T (T = 1000).
 """
 
 from dataclasses import dataclass, replace
@@ -12,47 +17,77 @@ from torch import Tensor
 from models.errors import ModelError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A discrete variance-preserving schedule.
+    """alphas, sigmas: alpha_t and sigma_t by timestep, float32 of shape [last + 1].
 
-    alphas_cumprod: abar_t for t = 0..T-1, float32 of shape [T].
-    prediction: what networks of this schedule output: "epsilon", "v_prediction" (Salimans & Ho 2022) or "sample" (x0).
+    prediction: what networks of this schedule output: "epsilon", "v_prediction" (alpha eps - sigma x0, Salimans & Ho
+    2022, appendix D), "sample" (x0) or "flow" (eps - x0, Esser et al. 2024, eq. 8).
+    first: the smallest timestep that is trained on.
+    shift: of the timesteps drawn for training (see `timesteps`); the schedule itself does not depend on it.
     """
 
-    alphas_cumprod: Tensor
+    alphas: Tensor
+    sigmas: Tensor
     prediction: str
+    first: int = 0
+    shift: float = 1.0
 
     @classmethod
-    def from_config(cls, config: dict) -> "Schedule":
-        """Builds the schedule from a diffusers scheduler's configuration (any scheduler with betas).
+    def from_config(cls, config: dict, shift: float = 1.0) -> "Schedule":
+        """Builds the schedule from a diffusers scheduler's configuration: any scheduler with betas, or flow matching.
 
-        Raises ModelError for a prediction type that is not known.
+        A flow scheduler's own `shift` spaces the steps of sampling; it is not part of the schedule. Raises ModelError
+        for a scheduler or a prediction type that is not known.
         """
+        if config.get("_class_name") == FLOW:
+            if config.get("use_dynamic_shifting"):
+                raise ModelError("scheduler: use_dynamic_shifting is not supported: set it to false, and `shift`")
+            sigmas = torch.arange(config["num_train_timesteps"] + 1) / config["num_train_timesteps"]
+            return cls(1 - sigmas, sigmas, "flow", 1, shift)
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
-            raise ModelError(f"scheduler: prediction_type '{prediction}' is not one of {', '.join(PREDICTIONS)}")
-        scheduler = DDPMScheduler.from_config(config)
-        return cls(scheduler.alphas_cumprod.float(), prediction)
+            raise ModelError(
+                f"scheduler: prediction_type '{prediction}' is not one of {', '.join(PREDICTIONS)}; a flow model needs a {FLOW}"
+            )
+        if "beta_start" not in config:
+            raise ModelError(
+                f"scheduler: {config.get('_class_name')} has no betas: a scheduler with betas or a {FLOW} is needed"
+            )
+        abar = DDPMScheduler.from_config(config).alphas_cumprod.float()
+        if prediction == "epsilon" and float(abar[-1]) == 0:
+            raise ModelError(
+                "scheduler: at zero terminal signal (rescale_betas_zero_snr) epsilon says nothing about x0"
+            )
+        return cls(abar.sqrt(), (1 - abar).sqrt(), prediction, 0, shift)
+
+    @property
+    def last(self) -> int:
+        """The timestep of the most noise: T - 1, or T (sigma = 1) of a flow."""
+        return len(self.alphas) - 1
 
     @property
     def steps(self) -> int:
-        return len(self.alphas_cumprod)
+        """T, the number of timesteps that are trained on."""
+        return self.last + 1 - self.first
 
     def to(self, device: torch.device) -> "Schedule":
-        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+        return replace(self, alphas=self.alphas.to(device), sigmas=self.sigmas.to(device))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for integer timesteps t of shape [B], each of shape [B, 1, 1, 1]."""
-        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return abar.sqrt(), (1 - abar).sqrt()
+        return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
 
     def timesteps(self, uniform: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Integer timesteps from uniform draws in [0, 1): t ~ U[low T, high T), int64 of shape [B]."""
+        """Integer timesteps for training from uniform draws u in [0, 1), int64 of shape [B]: u is first shifted,
+        u <- shift u / (1 + (shift - 1) u) (Esser et al. 2024, eq. 23: more noise for larger images), then
+        t = low T + u (high T - low T). So every t stays in the given range."""
+        u = self.shift * uniform / (1 + (self.shift - 1) * uniform)
         first, last = int(low * self.steps), int(high * self.steps)
-        return (first + uniform * (last - first)).long().clamp(first, last - 1)
+        return (first + u * (last - first)).long().clamp(first, last - 1) + self.first
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of the forward process; x0 and noise of shape [B, C, H, W], t of shape [B]."""
@@ -65,6 +100,8 @@ class Schedule:
             return noise
         if self.prediction == "sample":
             return x0
+        if self.prediction == "flow":
+            return noise - x0
         alpha, sigma = self.alpha_sigma(t)
         return alpha * noise - sigma * x0
 
@@ -75,6 +112,8 @@ class Schedule:
         alpha, sigma = self.alpha_sigma(t)
         if self.prediction == "epsilon":
             return (x_t - sigma * prediction) / alpha
+        if self.prediction == "flow":  # x_t - sigma (eps - x0) = (alpha + sigma) x0, and alpha + sigma = 1
+            return x_t - sigma * prediction
         return alpha * x_t - sigma * prediction
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -84,4 +123,6 @@ class Schedule:
         alpha, sigma = self.alpha_sigma(t)
         if self.prediction == "sample":
             return (x_t - alpha * prediction) / sigma
+        if self.prediction == "flow":  # x_t + alpha (eps - x0) = (alpha + sigma) eps
+            return x_t + alpha * prediction
         return alpha * prediction + sigma * x_t

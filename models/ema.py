@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 class Ema:
-    """Averages a list of tensors in place. Under ZeRO-3 the tensors are the rank's own slices, so that the average is
-    sharded as the weights are and costs no communication."""
+    """Averages a list of tensors in place: the slices of the weights that this rank owns, so that the average is
+    sharded over the ranks and costs no communication."""
 
     def __init__(self, tensors: list[Tensor], decay: float):
         self.decay = decay

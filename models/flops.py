@@ -1,19 +1,36 @@
 """Counted, not guessed: the floating-point operations of a network."""
 
 import torch
-from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.families import network_family
+from models.gan import Discriminator, Head, feature_shape
+
+
+def _count(module: nn.Module, *args: object, **kwargs: object) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*args, **kwargs)
+    return float(counter.get_total_flops())
 
 
 def forward_flops(config: dict, latent_shape: tuple[int, int, int], tokens: int) -> float:
-    """FLOP of one sample's forward pass of a UNet with this configuration, counted on the meta device (no memory, no
-    weights). A backward pass costs twice as much."""
+    """FLOP of one sample's forward pass of a denoiser with this configuration (its config.json), counted on the meta
+    device (no memory, no weights). A backward pass costs twice as much. Raises ModelError for an unknown network."""
+    family = network_family(config)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        states = torch.empty(1, tokens, unet.config.cross_attention_dim)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            t = torch.zeros(1, dtype=torch.long)
-            unet(torch.empty(1, *latent_shape), t, encoder_hidden_states=states, added_cond_kwargs=added)
-    return float(counter.get_total_flops())
+        network = family.network.from_config(config)
+        args, kwargs = family.example(network.config, 1, latent_shape, tokens)
+        return _count(network, *args, **kwargs)
+
+
+def judging_flops(config: dict, latent_shape: tuple[int, int, int], tokens: int) -> tuple[float, float]:
+    """FLOP of one sample's judgement by the GAN head, and the head's own part of it: (features and head, head). Raises
+    ModelError for a network that the head cannot read."""
+    family = network_family(config)
+    with torch.device("meta"):
+        network = family.network.from_config(config)
+        args, kwargs = family.example(network.config, 1, latent_shape, tokens)
+        whole = _count(Discriminator(network, latent_shape, 0), *args, judge="only", **kwargs)
+        shape = feature_shape(network, latent_shape)
+        return whole, _count(Head(*shape), torch.empty(1, *shape))

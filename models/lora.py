@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.pipeline import LORA_FILE, NOTE, load_unet, weight_files, weights_hash
+from models.pipeline import LORA_FILE, NOTE, load_network, weight_files, weights_hash
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER = "default"  # peft's name for the only adapter of a network
@@ -51,13 +52,13 @@ class LoraSettings(BaseModel):
         return LoraConfig(r=own["rank"], lora_alpha=own["alpha"], target_modules=own["targets"])
 
 
-def check_targets(folder: Path, settings: LoraSettings) -> None:
+def check_targets(folder: Path, settings: LoraSettings, variant: str = "") -> None:
     """Raises ModelError if a target is not the end of any linear or convolution layer's name in a weights folder. Only
     the headers of its files are read."""
     if not settings.targets:
         raise ModelError("lora.targets is empty: name modules, such as [to_q, to_k, to_v, to_out.0]")
     names = set()
-    for file in weight_files(folder):
+    for file in weight_files(folder, variant):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 (not a mapping)
                 if key.endswith(".weight") and len(handle.get_slice(key).get_shape()) in (2, 4):
@@ -72,20 +73,37 @@ def check_targets(folder: Path, settings: LoraSettings) -> None:
         )
 
 
-def attach(net: nn.Module, settings: LoraSettings, seed: str) -> None:
+def attach(
+    net: nn.Module,
+    settings: LoraSettings,
+    seed: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Puts an adapter on a network, in place: A as peft's default (Kaiming), B zero, so that nothing changes yet.
 
-    Each A is a function of the seed and its own name: alike on every rank, whatever else was drawn before.
+    Each A is a function of the seed and its own name: alike on every rank and device, whatever else was drawn before.
+    device, dtype: the adapter's, default the network's; of a network on the meta device only the adapter gets memory. It
+    must not be sharded yet: peft looks at the shapes of its weights.
     """
     net.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft draws its own first values, from the global generator
         inject_adapter_in_model(settings.peft(), net, ADAPTER)
     net._hf_peft_config_loaded = True  # as diffusers' own add_adapter does: its methods on adapters ask for it
     for key, parameter in adapter_parameters(net).items():
+        first = torch.zeros(parameter.shape)
         if ".lora_A." in key:
             digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-            nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            nn.init.kaiming_uniform_(first, a=5**0.5, generator=generator)
+        module, _, name = key.partition(".")[2].rpartition(".")
+        layer = net.get_submodule(f"{module}.{ADAPTER}")
+        setattr(layer, name, nn.Parameter(first.to(device or parameter.device, dtype or parameter.dtype)))
+
+
+def base_key(key: str) -> str:
+    """The name in a weights folder of a weight below an adapter."""
+    return key.replace(".base_layer.", ".")
 
 
 def adapter_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -103,12 +121,12 @@ def adapter_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_note(net: nn.Module) -> tuple[dict[str, str], str]:
-    """The header of a LoRA file (how diffusers learns alpha) and the text of adapter_config.json."""
+    """The metadata of a LoRA file (how diffusers learns alpha) and the text of adapter_config.json."""
     module = next(m for m in net.modules() if hasattr(m, "peft_config"))
     part = "unet" if "UNet" in type(module).__name__ else "transformer"
     config = {k: _plain(v) for k, v in module.peft_config[ADAPTER].to_dict().items()}
     header = json.dumps({f"{part}.{k}": v for k, v in config.items()}, sort_keys=True)
-    return {"format": "pt", "lora_adapter_metadata": header}, json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return {"lora_adapter_metadata": header}, json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def _plain(value: object) -> object:
@@ -152,15 +170,15 @@ def merge(net: nn.Module, folder: Path) -> None:
         weight.copy_(merged)
 
 
-def load_merged(base: Path, adapter: Path, dtype: torch.dtype) -> nn.Module:
+def load_merged(base: Path, adapter: Path, dtype: torch.dtype, variant: str = "") -> ModelMixin:
     """The network of a weights folder with a LoRA folder added. Raises ModelError, also for another base than the one
     that the adapter was trained on."""
     note = json.loads((Path(adapter) / NOTE).read_text()) if (Path(adapter) / NOTE).is_file() else {}
-    if note.get("base") not in (None, weights_hash(base)):
+    if note.get("base") not in (None, weights_hash(base, variant)):
         raise ModelError(
             f"{adapter} was trained on another network (sha256 {note['base'][:12]}...) than {base}: set `pipeline` and "
             "`generator_start` as they were"
         )
-    net = load_unet(base, dtype)
+    net = load_network(base, dtype, variant)
     merge(net, adapter)
     return net

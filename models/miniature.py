@@ -1,19 +1,33 @@
-"""A miniature SDXL pipeline, built offline: every part of the real one, small enough to train on two CPU cores."""
+"""Miniature pipelines, built offline: every part of the real ones, small enough to train on two CPU cores."""
+
+from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from models.tokenizer import VOCABULARY, clip_tokenizer
+from models.tokenizer import VOCABULARY, clip_tokenizer, letter_tokenizer
 
 
 class MiniatureSettings(BaseModel):
-    """Sizes of the miniature. Images of `resolution` pixels become latents of half the side."""
+    """The miniature. family: sdxl, sd15 (epsilon), sd21 (v prediction) or sd3 (a transformer with flow prediction; its
+    width is the first of unet_channels). Images of `resolution` pixels become latents of half the side."""
 
     model_config = ConfigDict(extra="forbid")
 
+    family: Literal["sdxl", "sd15", "sd21", "sd3"] = "sdxl"
     resolution: int = 8
     unet_channels: tuple[int, int] = (48, 96)
     vae_channels: tuple[int, int] = (32, 64)
@@ -56,55 +70,102 @@ def _spread(encoder: nn.Module) -> None:
                 parameter.normal_(0, 1 / parameter.shape[1] ** 0.5)
 
 
-def build_miniature(settings: MiniatureSettings) -> StableDiffusionXLPipeline:
-    """A whole pipeline with random weights: UNet with text_time conditioning, two CLIP text encoders with CLIP's real
-    tokenizers, AutoencoderKL, SDXL's noise schedule. A function of the settings; the global generator is left alone."""
-    side = settings.resolution // 2
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        unet = UNet2DConditionModel(
-            sample_size=side,
-            in_channels=settings.latent_channels,
-            out_channels=settings.latent_channels,
-            block_out_channels=settings.unet_channels,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=8,
-            attention_head_dim=settings.heads,  # diffusers' name for the number of heads
-            cross_attention_dim=sum(settings.text_widths),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=settings.pooled + 6 * 8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=settings.vae_channels,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=settings.latent_channels,
-            norm_num_groups=8,
-            sample_size=settings.resolution,
-            force_upcast=False,
-        )
-        encoders = [CLIPTextModel(_text_config(settings, settings.text_widths[0]))]
-        encoders.append(CLIPTextModelWithProjection(_text_config(settings, settings.text_widths[1])))
-        for encoder in encoders:
-            _spread(encoder)
-    # SDXL's schedule, as in its own scheduler_config.json.
-    scheduler = DDIMScheduler(
+def _unet(settings: MiniatureSettings) -> UNet2DConditionModel:
+    """SDXL's UNet with text_time conditioning, or Stable Diffusion's without."""
+    if settings.family == "sdxl":
+        added = {
+            "cross_attention_dim": sum(settings.text_widths),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": settings.pooled + 6 * 8,
+        }
+    else:
+        added = {"cross_attention_dim": settings.text_widths[0]}
+    return UNet2DConditionModel(
+        sample_size=settings.resolution // 2,
+        in_channels=settings.latent_channels,
+        out_channels=settings.latent_channels,
+        block_out_channels=settings.unet_channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=settings.heads,  # diffusers' name for the number of heads
+        use_linear_projection=True,
+        **added,
+    )
+
+
+def _transformer(settings: MiniatureSettings) -> SD3Transformer2DModel:
+    width = settings.unet_channels[0]
+    return SD3Transformer2DModel(
+        sample_size=settings.resolution // 2,
+        patch_size=2,
+        in_channels=settings.latent_channels,
+        out_channels=settings.latent_channels,
+        num_layers=2,
+        attention_head_dim=width // settings.heads,
+        num_attention_heads=settings.heads,
+        joint_attention_dim=sum(settings.text_widths),
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * settings.pooled,
+        pos_embed_max_size=settings.resolution // 4,
+    )
+
+
+def _t5(settings: MiniatureSettings, vocabulary: int) -> T5EncoderModel:
+    width = sum(settings.text_widths)
+    config = T5Config(vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
+    return T5EncoderModel(config)
+
+
+def _vae(settings: MiniatureSettings) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=settings.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=settings.latent_channels,
+        norm_num_groups=8,
+        sample_size=settings.resolution,
+        shift_factor=0.0609 if settings.family == "sd3" else None,  # SD3's
+        force_upcast=False,
+    )
+
+
+def _scheduler(settings: MiniatureSettings) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """As in the models' own scheduler_config.json; SDXL and Stable Diffusion have one noise schedule."""
+    if settings.family == "sd3":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, timestep_spacing="leading",
+        prediction_type="v_prediction" if settings.family == "sd21" else "epsilon",
     )  # fmt: skip
-    return StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
-        tokenizer=clip_tokenizer(settings.tokens),
-        tokenizer_2=clip_tokenizer(settings.tokens, pad_token="!"),
-        unet=unet,
-        scheduler=scheduler,
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
+
+
+def build_miniature(settings: MiniatureSettings) -> DiffusionPipeline:
+    """A whole pipeline with random weights: a denoiser, CLIP text encoders with CLIP's real tokenizers, AutoencoderKL,
+    the family's noise schedule. A function of the settings; the global generator is left alone."""
+    one, first = settings.family in ("sd15", "sd21"), settings.text_widths[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = _transformer(settings) if settings.family == "sd3" else _unet(settings)
+        vae = _vae(settings)
+        plain = CLIPTextModelWithProjection if settings.family == "sd3" else CLIPTextModel
+        encoders = [plain(_text_config(settings, first))]
+        if not one:
+            encoders.append(CLIPTextModelWithProjection(_text_config(settings, settings.text_widths[1])))
+        for encoder in encoders:
+            _spread(encoder)
+        letters = letter_tokenizer(256)
+        t5 = _t5(settings, len(letters)) if settings.family == "sd3" else None
+    parts = {"vae": vae, "scheduler": _scheduler(settings)}
+    parts |= {"text_encoder": encoders[0], "tokenizer": clip_tokenizer(settings.tokens)}
+    if one:
+        parts |= dict.fromkeys(("safety_checker", "feature_extractor")) | {"requires_safety_checker": False}
+        return StableDiffusionPipeline(unet=network, **parts)
+    parts |= {"text_encoder_2": encoders[1], "tokenizer_2": clip_tokenizer(settings.tokens, pad_token="!")}
+    if settings.family == "sd3":
+        return StableDiffusion3Pipeline(transformer=network, text_encoder_3=t5, tokenizer_3=letters, **parts)
+    return StableDiffusionXLPipeline(unet=network, force_zeros_for_empty_prompt=True, add_watermarker=False, **parts)

@@ -1,7 +1,7 @@
-"""Calls of a denoising network: one place that knows its signature and its precision.
+"""Calls of a denoising network: the one place that makes them, and that knows the network's precision.
 
-`net` is a DeepSpeed engine or a plain UNet2DConditionModel. Schedules and objectives compute in float32; the network
-computes in its own dtype.
+`net` is a DeepSpeed engine or a plain network; how its family is called, models.families knows. Schedules and
+objectives compute in float32; the network computes in its own dtype.
 """
 
 import torch
@@ -9,15 +9,19 @@ from torch import Tensor, nn
 
 from models.conditioning import Conditioning
 from models.diffusion import Schedule
+from models.families import FAMILIES
+
+
+def call(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, **more: object) -> tuple:
+    """The network's outputs at x_t [B, C, H, W] and t [B], in its own dtype; the first is its raw prediction."""
+    dtype = getattr(net, "module", net).dtype
+    arguments, named = FAMILIES[cond.family].inputs(x_t.to(dtype), t, cond)
+    return net(*arguments, **named, return_dict=False, **more)
 
 
 def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     """The network's raw prediction at x_t [B, C, H, W] and t [B], returned as float32 [B, C, H, W]."""
-    dtype = getattr(net, "module", net).dtype
-    states, pooled = cond.states.to(dtype), cond.pooled.to(dtype)
-    added = {"text_embeds": pooled, "time_ids": cond.time_ids}
-    out = net(x_t.to(dtype), t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
-    return out.float()
+    return call(net, x_t, t, cond)[0].float()
 
 
 def predict_guided(
@@ -36,10 +40,10 @@ def predict_guided(
 
 
 def generate(net: nn.Module, z: Tensor, cond: Conditioning, schedule: Schedule, timestep: int) -> Tensor:
-    """The one-step generator: x0 = G(z, c) at the conditioning timestep t_g (DisBack, section 3; for epsilon
-    prediction x0 = (z - sigma(t_g) eps_G(z, t_g, c)) / alpha(t_g)).
+    """One step of a generator: x0 = G(z, c) at the conditioning timestep t_g (DisBack, section 3; for epsilon
+    prediction x0 = (z - sigma(t_g) eps_G(z, t_g, c)) / alpha(t_g), for flow at sigma = 1 x0 = z - v_G(z, t_g, c)).
 
-    z: [B, C, H, W], standard normal.
+    z: [B, C, H, W], standard normal for the first step, the noised sample for the later ones of a multi-step student.
     """
     t = torch.full((len(z),), timestep, device=z.device, dtype=torch.long)
     return schedule.to_x0(predict(net, z, t, cond), z, t)

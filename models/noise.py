@@ -19,10 +19,17 @@ class SampleNoise:
         self.device = torch.device(device)
         self._generator = torch.Generator(self.device)
 
+    def _key(self, *parts: str | int) -> int:
+        """63 bits that belong to the parts and the seed."""
+        key = "/".join(str(part) for part in (self.seed, *parts)).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
     def _reseed(self, stream: str, step: int, index: int) -> torch.Generator:
-        key = f"{self.seed}/{stream}/{step}/{index}".encode()
-        value = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-        return self._generator.manual_seed(value)
+        return self._generator.manual_seed(self._key(stream, step, index))
+
+    def integer(self, stream: str, step: int, count: int) -> int:
+        """A uniform draw of 0 .. count - 1 that belongs to a step: the same on every rank, and known on the host."""
+        return self._key(stream, step) % count
 
     def normal(self, stream: str, step: int, index: list[int], shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise of shape [len(index), *shape], float32."""

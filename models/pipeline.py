@@ -1,43 +1,75 @@
-"""Parts of a diffusers pipeline folder: strict loading, hashing, and writing one-step pipelines."""
+"""Parts of a diffusers pipeline folder: strict loading, networks without weights, hashing."""
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+import transformers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from models.diffusion import Schedule
 from models.errors import ModelError
+from models.families import family_of, network_family, read_json
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 LORA_FOLDER = "lora"  # in an exported pipeline: a LoRA folder that is not merged
 NOTE = "disback.json"  # what an exported pipeline says of itself
 
 
-def check_pipeline(folder: Path) -> Path:
-    """Returns the folder if it has every part of an SDXL pipeline; ModelError names the first missing file."""
-    needed = ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
-    needed += [f"{part}/config.json" for part in ("text_encoder", "text_encoder_2")]
-    for name in needed:
-        if not (folder / name).is_file():
-            raise ModelError(
-                f"pipeline {folder}: {name} is missing; `pipeline` must be a diffusers SDXL pipeline folder"
-            )
-    return folder
+def variant_name(name: str, variant: str) -> str:
+    """diffusers' and transformers' file name of a variant: a.safetensors -> a.fp16.safetensors, and an index
+    a.safetensors.index.json -> a.safetensors.index.fp16.json. Without a variant the name itself."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}" if variant else name
 
 
-def _load_strict(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """from_pretrained, but a missing or unexpected key is an error: diffusers would go on with random weights."""
+def weight_files(folder: Path, variant: str = "", stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """The safetensors files of a weights or LoRA folder: one, or those that its index names.
+
+    variant: files of this variant are taken if the folder has them, else the plain ones (nodes and checkpoints have no
+    variants). stem: "model" for a text encoder. Raises ModelError.
+    """
+    folder = Path(folder)
+    for name in dict.fromkeys((variant, "")):
+        file = folder / variant_name(f"{stem}.safetensors", name)
+        if file.is_file():
+            return [file]
+        index = folder / variant_name(f"{stem}.safetensors.index.json", name)
+        if index.is_file():
+            files = [folder / part for part in sorted(set(read_json(index)["weight_map"].values()))]
+            for file in files:
+                if not file.is_file():
+                    raise ModelError(f"{folder}: {file.name} is missing, though {index.name} names it")
+            return files
+    if (folder / LORA_FILE).is_file():
+        return [folder / LORA_FILE]
+    if any(folder.glob("*.bin")):
+        raise ModelError(
+            f"{folder}: its weights are pickle files (*.bin), which run code when they are read; convert the pipeline once: "
+            "python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('PIPELINE', "
+            "use_safetensors=False).save_pretrained('CONVERTED', safe_serialization=True)\""
+        )
+    raise ModelError(f"{folder}: no {stem}.safetensors (and no index) there")
+
+
+def variant_of(files: list[Path], variant: str) -> str | None:
+    """The variant, if these files are of it."""
+    return variant if variant and f".{variant}" in files[0].name else None
+
+
+def _load_strict(kind: type, folder: Path, dtype: torch.dtype, variant: str, stem: str) -> nn.Module:
+    """from_pretrained, but a missing or unexpected key is an error: the libraries would go on with random weights."""
+    variant = variant_of(weight_files(folder, variant, stem), variant)
     try:
-        model, info = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # diffusers raises OSError, ValueError, KeyError or safetensors errors for a bad folder
+        model, info = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
+        )
+    except Exception as error:  # OSError, ValueError, KeyError or safetensors' own, as the libraries have it
         raise ModelError(f"{folder}: cannot be loaded as {kind.__name__}: {error}") from error
     wrong = {name: keys for name, keys in info.items() if keys}
     if wrong:
@@ -45,55 +77,67 @@ def _load_strict(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """The UNet of a weights folder, every key matched. Raises ModelError."""
-    return _load_strict(UNet2DConditionModel, Path(folder), dtype)
+def load_network(folder: Path, dtype: torch.dtype = torch.float32, variant: str = "") -> ModelMixin:
+    """The denoiser of a weights folder, of the class that its config.json names, every key matched. Raises
+    ModelError."""
+    folder = Path(folder)
+    family = network_family(read_json(folder / "config.json"), str(folder))
+    return _load_strict(family.network, folder, dtype, variant, "diffusion_pytorch_model")
 
 
-def load_vae(pipeline: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """The autoencoder of a pipeline folder, frozen, in evaluation mode. Raises ModelError."""
-    return _load_strict(AutoencoderKL, Path(pipeline) / "vae", dtype).eval().requires_grad_(False)
-
-
-def load_text(pipeline: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
-    """The pipeline without UNet and VAE: tokenizers and text encoders, frozen, on the device. Raises ModelError."""
+def empty_network(folder: Path) -> ModelMixin:
+    """The denoiser of a weights folder, of its own class, without weights: parameters on the meta device, buffers as they
+    are computed. It takes no memory; `trainer.weights.load_folder` fills it. Raises ModelError."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    family = network_family(config, str(folder))
     try:
-        parts = StableDiffusionXLPipeline.from_pretrained(
-            pipeline, unet=None, vae=None, dtype=dtype, use_safetensors=True
+        with init_empty_weights(include_buffers=False):
+            return family.network.from_config(config)
+    except Exception as error:  # as in _load_strict
+        raise ModelError(f"{folder}: not the folder of a {family.network.__name__}: {error}") from error
+
+
+def load_vae(pipeline: Path, dtype: torch.dtype = torch.float32, variant: str = "") -> AutoencoderKL:
+    """The autoencoder of a pipeline folder, frozen, in evaluation mode. Raises ModelError."""
+    vae = _load_strict(AutoencoderKL, Path(pipeline) / "vae", dtype, variant, "diffusion_pytorch_model")
+    return vae.eval().requires_grad_(False)
+
+
+def load_text(pipeline: Path, dtype: torch.dtype, device: torch.device, variant: str = "") -> DiffusionPipeline:
+    """The pipeline without denoiser and VAE: tokenizers and text encoders, every key matched, frozen, on the device.
+    Raises ModelError."""
+    pipeline = Path(pipeline)
+    family, index = family_of(pipeline), read_json(pipeline / "model_index.json")
+    config = read_json(pipeline / family.part / "config.json")
+    absent = [name for name, kind in index.items() if isinstance(kind, list) and kind[0] is None]
+    parts = dict.fromkeys((*absent, *family.unused, "vae")) | {family.part: family.stand_in(config)}
+    for name in text_encoders(index):
+        kind = getattr(transformers, index[name][1])
+        parts[name] = (
+            _load_strict(kind, pipeline / name, dtype, variant, "model").eval().requires_grad_(False).to(device)
         )
+    try:
+        return family.pipeline.from_pretrained(pipeline, **parts)
     except Exception as error:  # as above: the library's own errors name neither the part nor the way out
         raise ModelError(f"pipeline {pipeline}: its text encoders cannot be loaded: {error}") from error
-    for encoder in (parts.text_encoder, parts.text_encoder_2):
-        encoder.eval().requires_grad_(False).to(device)
-    return parts
 
 
-def load_schedule(pipeline: Path) -> Schedule:
-    """The diffusion schedule and prediction type of a pipeline folder. Raises ModelError."""
-    file = Path(pipeline) / "scheduler" / "scheduler_config.json"
-    return Schedule.from_config(json.loads(file.read_text()))
+def text_encoders(index: dict) -> list[str]:
+    """The text encoders that a model_index.json names (SD3's third may be null)."""
+    return [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a weights or LoRA folder: one, or those that its index names. Raises ModelError."""
-    folder = Path(folder)
-    for name in (WEIGHTS_FILE, LORA_FILE):
-        if (folder / name).is_file():
-            return [folder / name]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise ModelError(f"{folder}: no {WEIGHTS_FILE} (and no index) there")
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    for file in files:
-        if not file.is_file():
-            raise ModelError(f"{folder}: {file.name} is missing, though {index.name} names it")
-    return files
+def load_schedule(pipeline: Path, shift: float = 1.0) -> Schedule:
+    """The diffusion schedule and prediction type of a pipeline folder; `shift`: of timesteps drawn for training. Raises
+    ModelError."""
+    return Schedule.from_config(read_json(Path(pipeline) / "scheduler" / "scheduler_config.json"), shift)
 
 
-def weights_hash(folder: Path) -> str:
+def weights_hash(folder: Path, variant: str = "") -> str:
     """sha256 over a weights folder's safetensors files, in name order, as hexadecimal. Raises ModelError."""
     digest = hashlib.sha256()
-    for file in weight_files(folder):
+    for file in weight_files(folder, variant):
         with file.open("rb") as handle:
             while block := handle.read(1 << 24):
                 digest.update(block)
@@ -110,49 +154,3 @@ def replace_folder(temporary: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(temporary, final)
-
-
-def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler:
-    """A scheduler whose single step starts at the conditioning timestep and ends at x0.
-
-    It is the teacher's schedule cut off behind t_g: with trailing spacing one step starts at its last timestep, which
-    is t_g, and with `set_alpha_to_one` that step returns x0 itself. So a plain pipeline call needs no `timesteps=`.
-    """
-    config = json.loads((Path(source) / "scheduler" / "scheduler_config.json").read_text())
-    full = DDIMScheduler.from_config(config)
-    return DDIMScheduler(
-        num_train_timesteps=timestep + 1,
-        trained_betas=full.betas[: timestep + 1].tolist(),
-        prediction_type=config.get("prediction_type", "epsilon"),
-        timestep_spacing="trailing",
-        steps_offset=0,
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
-
-
-def write_one_step_pipeline(
-    source: Path, unet: Path | Callable[[Path], None], timestep: int, out: Path, note: dict, lora: Path | None = None
-) -> None:
-    """Writes a pipeline folder with the UNet of the folder `unet` (or what `unet` writes into the folder it is given),
-    all else from `source`, for one step at `timestep`.
-
-    `note` is kept as disback.json; a LoRA folder is copied as `lora/`. Atomic: an existing pipeline at `out` is
-    replaced as a whole.
-    """
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    skip = shutil.ignore_patterns("unet", "scheduler", "*.bin", "*.ckpt", "*.onnx*", "*.msgpack", "*.fp16.safetensors")
-    shutil.copytree(source, temporary, ignore=skip)
-    if callable(unet):
-        unet(temporary / "unet")
-    else:
-        shutil.copytree(unet, temporary / "unet", ignore=skip)
-    if lora:
-        shutil.copytree(lora, temporary / LORA_FOLDER)
-    one_step_scheduler(source, timestep).save_pretrained(temporary / "scheduler")
-    index = json.loads((temporary / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "DDIMScheduler"]
-    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (temporary / NOTE).write_text(json.dumps({"conditioning_timestep": timestep, **note}, indent=2) + "\n")
-    replace_folder(temporary, out)

@@ -1,22 +1,30 @@
-"""Captions to images, with one step or many; the network may be a plain UNet or an engine."""
+"""Captions to images, with one step or many; the network may be a plain one or an engine."""
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from models.diffusion import Schedule
-from models.networks import generate, predict_guided
+from models.networks import predict_guided
 from models.pipeline import load_schedule, load_vae
+from models.student import Student
 from models.text import TextEncoder
 
 
-def image_noise(seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Starting noise [B, *shape] of images by number: image i is drawn from a CPU generator with seed + i, as
-    `torch.Generator("cpu").manual_seed(seed + i)` gives it to a diffusers pipeline, on every machine alike."""
-    draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed + i)) for i in indices]
-    return torch.stack(draws).to(device)
+class ImageNoise:
+    """Noise of images by number: image i draws from a CPU generator with seed + i, first its start and then the noise of
+    each later step, as a diffusers pipeline does with `torch.Generator("cpu").manual_seed(seed + i)`, on every machine
+    alike."""
+
+    def __init__(self, seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device):
+        self.generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
+        self.shape, self.device = shape, device
+
+    def draw(self) -> Tensor:
+        """The next noise of every image, [B, *shape]."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -34,11 +42,21 @@ class Sampler:
         self.scheduler_config = scheduler_config
 
     @classmethod
-    def load(cls, pipeline: Path, resolution: int, dtype: torch.dtype, device: torch.device) -> "Sampler":
-        """Loads the parts from a pipeline folder; the decoder stays in float32 (SDXL's overflows in half)."""
-        text = TextEncoder(pipeline, dtype, device)
-        vae = load_vae(pipeline).to(device)
-        schedule = load_schedule(pipeline).to(device)
+    def load(
+        cls,
+        pipeline: Path,
+        resolution: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        variant: str = "",
+        shift: float = 1.0,
+    ) -> "Sampler":
+        """Loads the parts from a pipeline folder; the decoder stays in float32 (SDXL's overflows in half).
+
+        variant: of the weight files. shift: of the timesteps that the schedule draws for training."""
+        text = TextEncoder(pipeline, dtype, device, variant)
+        vae = load_vae(pipeline, variant=variant).to(device)
+        schedule = load_schedule(pipeline, shift).to(device)
         return cls(text, vae, schedule, dict(text.parts.scheduler.config), resolution)
 
     @property
@@ -47,26 +65,42 @@ class Sampler:
         side = self.resolution // factor
         return self.vae.config.latent_channels, side, side
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
-        return to_uint8(self.vae.decode(latents.float() / self.vae.config.scaling_factor, return_dict=False)[0])
+    def scaled(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents as the diffusion model sees them: (latents - shift) * scale; SD3's have a shift."""
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def one_step(self, net: nn.Module, captions: list[str], z: Tensor, timestep: int) -> Tensor:
-        """uint8 images [B, 3, H, W] of a one-step generator from z [B, C, h, w]."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """The diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
+        latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return to_uint8(self.vae.decode(latents, return_dict=False)[0])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, eps: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1], drawn from the autoencoder's posterior with the
+        standard normal eps [B, C, h, w]."""
+        posterior = self.vae.encode(images).latent_dist
+        return self.scaled(posterior.mean + posterior.std * eps)
+
+    @torch.no_grad()
+    def student(self, net: nn.Module, captions: list[str], noise: ImageNoise, timesteps: tuple[int, ...]) -> Tensor:
+        """uint8 images [B, 3, H, W] of a student that steps at `timesteps`."""
         cond = self.text.encode(captions, self.resolution)
-        return self.decode(generate(net, z, cond, self.schedule, timestep))
+        student = Student(self.schedule, timesteps)
+        return self.decode(student.trajectory(net, cond, lambda _: noise.draw(), len(timesteps))[-1])
 
     @torch.no_grad()
     def many_steps(self, net: nn.Module, captions: list[str], z: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """uint8 images [B, 3, H, W] of a diffusion model by deterministic DDIM (Song et al. 2021) from z."""
-        scheduler = DDIMScheduler.from_config(self.scheduler_config, clip_sample=False)
+        """uint8 images [B, 3, H, W] of a diffusion model from z: deterministic DDIM (Song et al. 2021), or Euler's
+        steps of a flow, spaced as the pipeline's scheduler says."""
+        if self.schedule.prediction == "flow":
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        else:
+            scheduler = DDIMScheduler.from_config(self.scheduler_config, clip_sample=False)
         scheduler.set_timesteps(steps)
         cond = self.text.encode(captions, self.resolution)
         x = z
         for t in scheduler.timesteps:
-            batch_t = torch.full((len(x),), int(t), device=x.device)
-            prediction, _ = predict_guided(net, x, batch_t, cond, guidance_scale)
-            x = scheduler.step(prediction, t, x).prev_sample
+            prediction, _ = predict_guided(net, x, t.to(x.device).expand(len(x)), cond, guidance_scale)
+            x = scheduler.step(prediction, t, x, return_dict=False)[0]
         return self.decode(x)

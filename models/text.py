@@ -6,30 +6,48 @@ import torch
 from torch import Tensor
 
 from models.conditioning import Conditioning, square_time_ids
+from models.families import family_of
 from models.pipeline import load_text
 
 
 class TextEncoder:
-    """Encodes captions with the two text encoders of an SDXL pipeline folder, as the diffusers pipeline does.
+    """Encodes captions with the text encoders of a pipeline folder, as the diffusers pipeline does.
 
     A batch is always encoded whole. Remembering captions would save little (they seldom come twice in a large set) and
     cost exactness: the last bit of a state depends on the batch that it is computed in, and a resumed run would not
-    remember what the first one did.
+    remember what the first one did. The empty caption is encoded once, alone, if it is not all zeros.
     """
 
-    def __init__(self, pipeline: Path, dtype: torch.dtype, device: torch.device):
-        self.parts = load_text(pipeline, dtype, device)
+    def __init__(self, pipeline: Path, dtype: torch.dtype, device: torch.device, variant: str = ""):
+        self.family = family_of(pipeline)
+        self.parts = load_text(pipeline, dtype, device, variant)
         self.device = device
+        self.empty = None if self.family.empty_is_zero(self.parts) else self._text([""])
 
     @property
     def tokens(self) -> int:
         """Length of the token sequence, padding included."""
-        return self.parts.tokenizer.model_max_length
+        return self.family.tokens(self.parts)
 
     @torch.no_grad()
+    def _text(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
+        return self.family.encode(self.parts, captions, self.device)
+
     def encode(self, captions: list[str], time_ids: Tensor | int) -> Conditioning:
-        """Conditioning of B captions; time_ids: [B, 6], or the resolution in pixels of uncropped square images."""
-        if isinstance(time_ids, int):
-            time_ids = square_time_ids(len(captions), time_ids, self.device)
-        states, _, pooled, _ = self.parts.encode_prompt(captions, device=self.device, do_classifier_free_guidance=False)
-        return Conditioning(states, pooled, time_ids)
+        """Conditioning of B captions; time_ids: [B, 6], or the resolution in pixels of uncropped square images. A
+        family without time ids leaves them out."""
+        return self.conditioning(*self._text(captions), time_ids)
+
+    def conditioning(self, states: Tensor, pooled: Tensor | None, time_ids: Tensor | int) -> Conditioning:
+        """Text states [B, L, D] and pooled text [B, P] of this pipeline with all else that its denoiser is told."""
+        batch = len(states)
+        if not self.family.uses_time_ids():
+            time_ids = None
+        elif isinstance(time_ids, int):
+            time_ids = square_time_ids(batch, time_ids, self.device)
+        empty_states, empty_pooled = self.empty or (None, None)
+        if empty_states is not None:
+            empty_states = empty_states.expand(batch, -1, -1)
+        if empty_pooled is not None:
+            empty_pooled = empty_pooled.expand(batch, -1)
+        return Conditioning(states, pooled, time_ids, empty_states, empty_pooled, self.family.name)

@@ -1,10 +1,11 @@
-"""CLIP's tokenizer without a download: open_clip ships its vocabulary."""
+"""Tokenizers without a download: CLIP's, whose vocabulary open_clip ships, and one of T5's kind that reads letters."""
 
 import gzip
+import string
 from functools import cache
 from pathlib import Path
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 VOCABULARY = 49408  # 256 bytes + 256 bytes that end a word + 48,894 merges + start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -39,3 +40,9 @@ def clip_tokenizer(max_length: int, pad_token: str = END) -> CLIPTokenizer:
     if len(tokenizer) != VOCABULARY:  # transformers builds a two-word tokenizer if it does not like its arguments
         raise RuntimeError(f"CLIP tokenizer has {len(tokenizer)} entries instead of {VOCABULARY}")
     return tokenizer
+
+
+def letter_tokenizer(max_length: int) -> T5Tokenizer:
+    """A T5 tokenizer that splits a text into its letters; what is no letter of a to z is unknown to it."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
+    return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=max_length)

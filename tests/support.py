@@ -20,7 +20,16 @@ from trainer.settings import RunSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "configs" / "tiny_sdxl.yaml"
-TIMES = {"time", "step_seconds", "data_seconds", "images_per_second", "memory_gb", "tflops_per_gpu", "mfu"}
+TIMES = {
+    "time",
+    "step_seconds",
+    "data_seconds",
+    "images_per_second",
+    "memory_gb",
+    "tflops_per_gpu",
+    "mfu",
+    "save_seconds",
+}
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
 # AdamW divides by the square root of tiny second moments: sign noise of the last bit would grow to a whole step.
 EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.optimizer.eps=1e-4")
@@ -122,9 +131,9 @@ def verb(name: str, *arguments: str, cwd: Path | None = None, **env: str) -> sub
     return subprocess.run(call, capture_output=True, text=True, env=environment() | env, cwd=cwd, timeout=600)
 
 
-def two_ranks(scenario: str, root: Path) -> None:
-    """Runs a scenario of tests/ranks.py in two processes; raises with their output if it fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def two_ranks(scenario: str, root: Path, ranks: int = 2) -> None:
+    """Runs a scenario of tests/ranks.py in two processes, or more; raises with their output if it fails."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     call = [*launcher, str(REPOSITORY / "tests" / "ranks.py"), scenario, str(root)]
     done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

@@ -37,7 +37,7 @@ def test_values(tmp_path):
     settings = load_settings(file, ["backtrack.generator.betas=[0, 0.9]", "record.optimizer.lr=2e-6"])
     assert settings.backtrack.generator.lr == 1e-5  # which YAML 1.1 reads as a string
     assert settings.backtrack.generator.betas == (0.0, 0.9) and settings.record.optimizer.lr == 2e-6
-    assert str(settings.pipeline_folder) == "runs/x/pipeline" and str(settings.start_folder) == "runs/x/pipeline/unet"
+    assert str(settings.path_folder) == "runs/x/path"
 
 
 def test_files_over_files(tmp_path):
@@ -90,7 +90,7 @@ def test_deepspeed_contradictions_are_refused(tmp_path):
     file.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         deepspeed_config(str(file), 1, 1, 0.0, "fp32", world(1))
-    with pytest.raises(UserError, match="known names: teacher, zero0"):
+    with pytest.raises(UserError, match="known names: teacher, teacher_node, zero0"):
         deepspeed_config("zero9", 1, 1, 0.0, "fp32", world(1))
 
 

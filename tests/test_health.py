@@ -4,7 +4,7 @@ import pytest
 import support
 import torch
 
-from models.pipeline import load_unet
+from models.pipeline import load_network
 from trainer.errors import UserError
 from trainer.health import Health, HealthSettings
 
@@ -94,7 +94,7 @@ def test_one_bad_rank_of_two(root):
     support.two_ranks("poison", root)
     for stage in ("zero0", "zero2"):
         weights = torch.load(root / "poison" / f"{stage}.pt")
-        start = load_unet(root / "base" / "pipeline" / "unet").state_dict()
+        start = load_network(root / "base" / "pipeline" / "unet").state_dict()
         assert all(torch.isfinite(w).all() for w in weights.values())
         assert any(not torch.equal(weights[f"generator.{k}"], v) for k, v in start.items())
         lines = support.metrics(root / f"poison-{stage}" / "backtrack")
@@ -108,5 +108,5 @@ def test_a_run_that_leaves_everything_out_ends_with_its_last_good_checkpoint(roo
         poisoned(run, tuple(range(2, 100)))
     assert all(
         torch.isfinite(w).all()
-        for w in load_unet(run.folder / "backtrack/checkpoints/step-00000004/weights").parameters()
+        for w in load_network(run.folder / "backtrack/checkpoints/step-00000004/weights").parameters()
     )

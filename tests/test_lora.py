@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from models.errors import ModelError
 from models.lora import LoraSettings, adapter_parameters, attach, check_targets, load_merged
-from models.pipeline import load_unet
+from models.pipeline import empty_network, load_network
 from trainer.backtrack import Backtracking, backtrack
 from trainer.engines import Role, deepspeed_config, load_trained
 from trainer.errors import UserError
@@ -22,7 +22,7 @@ from trainer.path import file_hash, open_path
 from trainer.record import Recording, record
 from trainer.run import Run
 from trainer.source import find_source
-from trainer.weights import read_folder, start_from
+from trainer.weights import start_from
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -70,10 +70,10 @@ def test_targets_that_are_not_there(root, world, teacher):
 
 
 def test_a_new_adapter_changes_nothing_and_is_a_function_of_the_seed(teacher, output):
-    plain, nets = load_unet(teacher), []
+    plain, nets = load_network(teacher), []
     before = output(plain)
     for seed, noise in (("a", 1), ("a", 2), ("b", 1)):
-        net = load_unet(teacher)
+        net = load_network(teacher)
         torch.manual_seed(noise)
         state = torch.get_rng_state()
         attach(net, LoraSettings(rank=4, alpha=2), seed)
@@ -98,7 +98,7 @@ def test_nodes_are_small_and_load_in_plain_diffusers(root, path, teacher, output
     assert len(manifest["nodes"]) == 4 and manifest["nodes"][0]["bytes"] == 0
     full = json.loads((root / "base" / "path" / "path.json").read_text())
     assert full["kind"] == "full" and full.keys() <= manifest.keys()
-    before = output(load_unet(teacher))
+    before = output(load_network(teacher))
     for node in manifest["nodes"][1:]:
         folder = path / f"node-{node['index']:04d}"
         assert node["sha256"] == file_hash(path / node["file"])
@@ -116,14 +116,14 @@ def test_nodes_into_the_targets_adapter(world, path, teacher, output, tmp_path, 
     """A node is what diffusers makes of it; node 0 is the teacher to the bit, before and after."""
     name = support.sharded_zero3(tmp_path) if config == "sharded" else config
     settings = deepspeed_config(name, 2, 1, 0.0, "fp32", world)
-    pure = output(Role("teacher", load_unet(teacher), settings, world))
-    network = load_unet(teacher)
-    attach(network, LoraSettings(rank=4, alpha=2), "s")
-    role = Role("teacher", network, settings, world)
+    pure = output(Role("teacher", empty_network(teacher), settings, world, folder=teacher))
+    network = empty_network(teacher)
+    attach(network, LoraSettings(rank=4, alpha=2), "s", world.device, torch.float32)
+    role = Role("teacher", network, settings, world, folder=teacher)
     assert torch.equal(output(role), pure)
-    role.write(read_folder(role.slices, path / "node-0002"))
+    role.weights.write(role.weights.read(path / "node-0002"))
     assert torch.allclose(output(role), output(load_merged(teacher, path / "node-0002", torch.float32)), atol=1e-5)
-    role.write([torch.zeros_like(w) for w in role.local()])
+    role.weights.write([torch.zeros_like(w) for w in role.local()])
     assert torch.equal(output(role), pure)
 
 
@@ -175,7 +175,7 @@ def test_training_leaves_the_base_alone_and_resumes_exactly(root, world, path, t
     for batch in range(2):
         stage.begin(batch)
         stage.update(0, _Ignore(), 1)
-    base = load_unet(teacher).state_dict()
+    base = load_network(teacher).state_dict()
     for role in stage.roles.values():
         live = {k.replace(".base_layer.", "."): v for k, v in role.module.state_dict().items() if ".lora_" not in k}
         assert live.keys() == base.keys() and all(torch.equal(live[k], v) for k, v in base.items())
@@ -191,9 +191,9 @@ class _Ignore:
 
 def test_paths_of_another_kind_are_refused(root, world, path):
     def opened(where, *flags):
-        s = support.tiny(root, "x", *flags)
-        unet = s.pipeline_folder / "unet"
-        return open_path(where, unet, s.start_folder, s.conditioning_timestep, world, s.lora)
+        run = Run(support.tiny(root, "x", *flags), world)
+        folders = where, run.teacher_folder, run.start_folder
+        return open_path(*folders, run.settings.student_timesteps, world, run.settings.lora)
 
     assert len(opened(path, *support.LORA).nodes) == 4
     with pytest.raises(UserError, match=r"its nodes are whole networks, this run trains lora.rank=4.*record a path"):
@@ -207,7 +207,7 @@ def test_paths_of_another_kind_are_refused(root, world, path):
 
 
 def test_loads_are_strict(path, teacher, world, tmp_path):
-    network = load_unet(teacher)
+    network = load_network(teacher)
     attach(network, LoraSettings(rank=4, alpha=2), "s")
     live = {k: v.clone() for k, v in adapter_parameters(network).items()}
     state, key = load_file(path / "node-0001" / FILE), "unet.mid_block.resnets.0.conv1.lora_B.weight"
@@ -277,18 +277,11 @@ def test_exports_equal_our_sampling(root, world, path):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(root, world, path):
-    flags = [*support.PARITY, *support.lora(root), *support.zero("zero0")]
+    """With the GAN head beside the adapter; at ZeRO 3 also stopped and resumed, where a checkpoint holds neither base."""
+    flags = [*support.PARITY, *support.lora(root), "gan.enabled=true", *support.zero("zero0")]
     one = support.backtrack_weights(support.single(root, "lora-one", world, *flags))
     support.two_ranks("lora", root)
     assert max(float(v.abs().max()) for k, v in one.items() if ".lora_B." in k and k.startswith("generator.")) > 1e-3
-    two = {label: torch.load(root / "lora" / f"{label}.pt") for label in ("zero1", "sharded", "parts")}
-    for weights in two.values():
-        assert support.largest_difference(one, weights) < 1e-5
-    assert support.largest_difference(two["sharded"], two["parts"]) == 0.0
-    mine, theirs = (json.loads((p / "path.json").read_text())["nodes"] for p in (path, root / "lora" / "path"))
-    assert [n["step"] for n in mine] == [n["step"] for n in theirs]
-    for node, other in zip(mine[1:], theirs[1:], strict=True):
-        assert other["distance_to_node_0"] == pytest.approx(node["distance_to_node_0"], rel=1e-4)
-        a, b = load_file(path / node["file"]), load_file(root / "lora" / "path" / other["file"])
-        # Nodes are bfloat16: a last-bit difference of the float32 weights may round either way.
-        assert all(torch.allclose(a[k].float(), b[k].float(), rtol=2**-7, atol=1e-6) for k in a)
+    assert any(k.startswith("fake_score.head.") for k in one)
+    for label in ("zero1", "sharded"):
+        assert support.largest_difference(one, torch.load(root / "lora" / f"{label}.pt")) < 1e-5

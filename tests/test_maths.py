@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from models.conditioning import Conditioning, image_time_ids, square_time_ids
 from models.diffusion import Schedule
@@ -20,23 +21,27 @@ from trainer.walk import WalkSettings, fixed_switches, moves_on, target
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
-def schedule(prediction="epsilon") -> Schedule:
-    return Schedule.from_config(SDXL | {"prediction_type": prediction})
+SD3 = dict(FlowMatchEulerDiscreteScheduler(shift=3.0).config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+
+
+def schedule(prediction="epsilon", shift=1.0) -> Schedule:
+    config = SD3 if prediction == "flow" else SDXL | {"prediction_type": prediction}
+    return Schedule.from_config(config, shift)
 
 
 def test_schedule_is_sdxls():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     expected = torch.cumprod(1 - betas, 0)
-    assert torch.allclose(schedule().alphas_cumprod.double(), expected, atol=1e-6)
+    assert torch.allclose(schedule().alphas.double() ** 2, expected, atol=1e-6)
     with pytest.raises(ModelError, match="flow"):
         schedule("flow_prediction")
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
 def test_predictions_convert_to_x0_and_noise(prediction):
     s, rng = schedule(prediction), torch.Generator().manual_seed(0)
     x0, eps = torch.randn(6, 4, 3, 3, generator=rng), torch.randn(6, 4, 3, 3, generator=rng)
-    t = torch.tensor([0, 20, 399, 500, 800, 999])
+    t = torch.tensor([0, 20, 399, 500, 800, 999]) + s.first  # 1000 of a flow is pure noise
     x_t = s.add_noise(x0, eps, t)
     truth = s.target(x0, eps, t)
     assert torch.allclose(s.to_x0(truth, x_t, t), x0, atol=2e-4)
@@ -47,6 +52,38 @@ def test_timesteps_cover_their_range():
     s = schedule()
     assert s.timesteps(torch.tensor([0.0, 0.5, 0.9999999])).tolist() == [0, 500, 999]
     assert s.timesteps(torch.tensor([0.0, 0.5, 0.9999999]), 0.02, 0.98).tolist() == [20, 500, 979]
+
+
+def test_flow_schedule_is_diffusers():
+    """Told 1000 sigma, x_t as diffusers makes it, whatever the scheduler's own shift."""
+    theirs, ours = FlowMatchEulerDiscreteScheduler(shift=1.0), schedule("flow")
+    rng = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(3, 4, 3, 3, generator=rng), torch.randn(3, 4, 3, 3, generator=rng)
+    t = torch.tensor([1, 400, 1000])
+    assert torch.allclose(ours.add_noise(x0, eps, t), theirs.scale_noise(x0, t, eps), atol=1e-6)
+    assert torch.equal(ours.add_noise(x0, eps, torch.full((3,), ours.last)), eps)
+    assert ours.timesteps(torch.tensor([0.0, 0.5, 0.9999999])).tolist() == [1, 501, 1000]
+    with pytest.raises(ModelError, match="use_dynamic_shifting"):
+        Schedule.from_config(SD3 | {"use_dynamic_shifting": True})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_timestep_shift_moves_the_draws_and_nothing_else(prediction):
+    plain, shifted = schedule(prediction), schedule(prediction, 3.0)
+    u = torch.linspace(0, 0.9999, 1000)
+    assert torch.equal(schedule(prediction, 1.0).timesteps(u), plain.timesteps(u))
+    assert torch.equal(shifted.timesteps(u), plain.timesteps(3 * u / (1 + 2 * u)))
+    assert shifted.timesteps(torch.tensor([0.5])).item() == 750 + plain.first
+    low, high = shifted.timesteps(u, 0.02, 0.98).min(), shifted.timesteps(u, 0.02, 0.98).max()
+    assert (low, high) == (20 + plain.first, 979 + plain.first)
+    assert torch.equal(plain.alphas, shifted.alphas) and torch.equal(plain.sigmas, shifted.sigmas)
+
+
+def test_schedulers_that_are_not_known():
+    with pytest.raises(ModelError, match="has no betas"):
+        Schedule.from_config({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
+    with pytest.raises(ModelError, match="zero terminal signal"):
+        Schedule.from_config(SDXL | {"rescale_betas_zero_snr": True})
 
 
 def test_one_step_generator_is_the_papers_formula():
@@ -61,7 +98,7 @@ def test_one_step_generator_is_the_papers_formula():
             return (eps,)
 
     cond = Conditioning(torch.zeros(2, 3, 4), torch.zeros(2, 4), square_time_ids(2, 8, torch.device("cpu")))
-    abar = s.alphas_cumprod[399]
+    abar = s.alphas[399] ** 2
     expected = (z - (1 - abar).sqrt() * eps) / abar.sqrt()
     assert torch.allclose(generate(Net(), z, cond, s, 399), expected, atol=1e-6)
 
@@ -82,6 +119,15 @@ def test_guidance_mixes_conditional_and_empty_in_one_call():
     assert calls == [4] and guided.unique().tolist() == [8.0] and plain.unique().tolist() == [1.0]
     guided, plain = predict_guided(Net(), x, t, cond, 1.0)
     assert calls == [4, 2] and guided is plain
+
+
+def test_empty_caption_that_is_not_zero():
+    cond = Conditioning(torch.ones(2, 3, 4), empty_states=torch.full((2, 3, 4), 5.0), family="sd")
+    assert cond.unconditional().states.unique().tolist() == [5.0] and cond.unconditional().pooled is None
+    assert cond.doubled().states[:, 0, 0].tolist() == [5, 5, 1, 1]
+    assert cond.dropped(torch.tensor([True, False])).states[:, 0, 0].tolist() == [5, 1]
+    half = cond.map(lambda v: v[:1])
+    assert len(half.states) == len(half.empty_states) == 1 and half.family == "sd"
 
 
 def test_caption_dropout_and_time_ids():
@@ -121,9 +167,10 @@ def test_dmd_is_normalised_by_sample():
     assert torch.allclose(dmd(sc)[:, 0, 0, 0] * norm, torch.full((3,), 0.3), atol=1e-5)
 
 
-def test_score_distillation_moves_a_gaussian_to_its_target():
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_score_distillation_moves_a_gaussian_to_its_target(prediction):
     """One dimension, exact scores: the generator N(mu, 1) descends to the target N(2, 1)."""
-    s, noise = schedule(), SampleNoise(0)
+    s, noise = schedule(prediction), SampleNoise(0)
     mu = torch.zeros(1, requires_grad=True)
     adam = torch.optim.Adam([mu], lr=0.05)
     index = list(range(64))
@@ -134,10 +181,8 @@ def test_score_distillation_moves_a_gaussian_to_its_target():
         x_t = s.add_noise(sample, noise.normal("eps", step, index, (1, 1, 1)), t)
         alpha, sigma = s.alpha_sigma(t)
 
-        def estimate(
-            mean, x_t=x_t, alpha=alpha, sigma=sigma
-        ):  # E[x0 | x_t] for N(mean, 1), where alpha^2 + sigma^2 = 1
-            return mean + alpha * (x_t - alpha * mean)
+        def estimate(mean, x_t=x_t, alpha=alpha, sigma=sigma):  # E[x0 | x_t] for N(mean, 1)
+            return mean + alpha * (x_t - alpha * mean) / (alpha**2 + sigma**2)
 
         gradient = vsd(Scores(sample, estimate(2.0), estimate(mu.detach()), alpha, sigma))
         (x0 * gradient).mean().backward()

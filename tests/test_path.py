@@ -9,22 +9,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from models.pipeline import load_unet
+from models.pipeline import empty_network, load_network
 from trainer.backtrack import Backtracking
 from trainer.engines import Role, deepspeed_config
 from trainer.errors import UserError
 from trainer.path import file_hash, open_path
 from trainer.record import record
 from trainer.run import Run
-from trainer.weights import read_folder
 
 
 def opened(root, world, path=None, **changes):
-    settings = support.tiny(root, "x", *[f"{k}={v}" for k, v in changes.items()])
-    unet = settings.pipeline_folder / "unet"
-    return open_path(
-        path or settings.path_folder, unet, settings.start_folder, settings.conditioning_timestep, world, settings.lora
-    )
+    run = Run(support.tiny(root, "x", *[f"{k}={v}" for k, v in changes.items()]), world)
+    folders = path or run.settings.path_folder, run.teacher_folder, run.start_folder
+    return open_path(*folders, run.settings.student_timesteps, world, run.settings.lora)
 
 
 @pytest.fixture
@@ -43,7 +40,7 @@ def test_manifest_and_nodes(root, world):
     assert path.nodes[1].distance_to_neighbour == pytest.approx(path.nodes[1].distance_to_node_0)
     assert path.folder(0) == root / "base" / "pipeline" / "unet"
     assert not list((folder / "node-0000").glob("*.safetensors"))  # refers, does not copy
-    teacher = load_unet(path.folder(0)).state_dict()
+    teacher = load_network(path.folder(0)).state_dict()
     for node in path.nodes[1:]:
         assert node.sha256 == file_hash(folder / node.file)
         assert node.bytes == (folder / node.file).stat().st_size
@@ -122,7 +119,7 @@ def test_what_each_role_starts_from(root, world, ablation):
         "teacher": path / "node-0002" if ablation == "walk" else teacher,
     }
     for role, folder in expected.items():
-        weights = load_unet(folder).state_dict()
+        weights = load_network(folder).state_dict()
         live = stage.roles[role].module.state_dict()
         assert all(torch.equal(live[k], v) for k, v in weights.items()), role
     stage.close()
@@ -133,7 +130,7 @@ def test_nodes_into_a_frozen_engine_in_place(root, world, tmp_path, config):
     name = support.sharded_zero3(tmp_path) if config == "sharded" else config
     teacher, node = root / "base" / "pipeline" / "unet", root / "base" / "path" / "node-0002"
     settings = deepspeed_config(name, 2, 1, 0.0, "fp32", world)
-    role = Role("teacher", load_unet(teacher), settings, world)
+    role = Role("teacher", empty_network(teacher), settings, world, folder=teacher)
     rng = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([10, 700])
     states, added = (
@@ -146,12 +143,12 @@ def test_nodes_into_a_frozen_engine_in_place(root, world, tmp_path, config):
             return net(x, t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
 
     before = output(role).clone()
-    assert torch.allclose(before, output(load_unet(teacher).eval()), atol=1e-6)
-    role.write(read_folder(role.slices, node))
-    expected = output(load_unet(node).eval())
+    assert torch.allclose(before, output(load_network(teacher).eval()), atol=1e-6)
+    role.weights.write(role.weights.read(node))
+    expected = output(load_network(node).eval())
     assert not torch.allclose(before, expected, atol=1e-3)
     assert torch.allclose(output(role), expected, atol=1e-6)
-    role.write(read_folder(role.slices, teacher))
+    role.weights.write(role.weights.read(teacher))
     assert torch.equal(output(role), before)
     whole = role.state_dict()
-    assert all(torch.equal(whole[k], v) for k, v in load_unet(teacher).state_dict().items())
+    assert all(torch.equal(whole[k], v) for k, v in load_network(teacher).state_dict().items())

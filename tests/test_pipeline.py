@@ -11,14 +11,16 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from data.digits import PHRASINGS, caption
+from models.checks import check_pipeline
 from models.errors import ModelError
+from models.export import one_step_scheduler
 from models.miniature import MiniatureSettings, build_miniature
-from models.pipeline import check_pipeline, load_unet, one_step_scheduler, weights_hash
+from models.pipeline import load_network, weights_hash
 from models.tokenizer import clip_tokenizer
 from trainer.backtrack import backtrack
 from trainer.run import Run
 from trainer.source import find_source
-from trainer.weights import Slice, read_folder, save_folder
+from trainer.weights import Weights, save_folder
 
 TEXTS = ["a handwritten seven", "It's   the DIGIT 7!", "naïve café 北京", "x" * 40, ""]
 
@@ -60,9 +62,9 @@ def test_captions_of_different_digits_lie_apart():
             assert float(gaps[~torch.eye(10, dtype=bool)].min()) > 0.05 * typical
 
 
-def test_strict_loading(root, tmp_path):
+def test_strict_loading(root, world, tmp_path):
     source = root / "base" / "pipeline" / "unet"
-    load_unet(source)
+    load_network(source)
     state = load_file(source / "diffusion_pytorch_model.safetensors")
 
     def broken(change) -> str:
@@ -85,15 +87,14 @@ def test_strict_loading(root, tmp_path):
     for change in (missing, unexpected, shape):
         folder = broken(change)
         with pytest.raises(ModelError, match=str(folder)):
-            load_unet(folder)
-        unet = load_unet(source)
-        slices = [Slice(k, p, None) for k, p in unet.named_parameters()]
+            load_network(folder)
+        unet = load_network(source)
         with pytest.raises(ModelError, match=str(folder)):
-            read_folder(slices, folder)
+            Weights(unet, world).read(folder)
         assert all(torch.equal(v, state[k]) for k, v in unet.state_dict().items())
     (tmp_path / "missing" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(ModelError):
-        load_unet(tmp_path / "missing")
+        load_network(tmp_path / "missing")
 
 
 def test_incomplete_pipelines_are_refused(root, tmp_path):
@@ -104,7 +105,7 @@ def test_incomplete_pipelines_are_refused(root, tmp_path):
 
 
 def test_saved_folders_load_in_diffusers_and_hash_alike(root, tmp_path):
-    unet = load_unet(root / "base" / "pipeline" / "unet")
+    unet = load_network(root / "base" / "pipeline" / "unet")
     save_folder(unet.state_dict(), dict(unet.config), tmp_path / "u", torch.float32)
     again = UNet2DConditionModel.from_pretrained(tmp_path / "u")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in unet.state_dict().items())

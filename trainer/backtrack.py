@@ -11,78 +11,111 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.order import Split
 from data.reader import Batch
 from models.conditioning import Conditioning
 from models.ema import Ema
-from models.flops import forward_flops
-from models.lora import check_targets, is_adapter, load_merged
-from models.networks import denoising_loss, generate, predict, predict_guided
+from models.export import write_student_pipeline
+from models.flops import forward_flops, judging_flops
+from models.gan import Discriminator, feature_module
+from models.lora import is_adapter, load_merged
+from models.networks import denoising_loss, predict, predict_guided
 from models.objectives import OBJECTIVES, Scores
-from models.pipeline import check_pipeline, write_one_step_pipeline
+from models.pipeline import empty_network
+from models.student import Student
+from trainer.adversary import Adversary
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
 from trainer.errors import UserError
 from trainer.loop import train
+from trainer.passes import step_flops, trained_pass
 from trainer.path import open_path
+from trainer.regroup import redeal
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
 from trainer.schedules import learning_rate
+from trainer.shelf import WEIGHTS
 from trainer.stage import TrainStage
-from trainer.target import Target
+from trainer.target import Target, merge_walks
 from trainer.telemetry import Meters, log
 
 
 class Backtracking(TrainStage):
     def __init__(self, run: Run):
         settings, s = run.settings.backtrack, run.settings
-        super().__init__("backtrack", run, settings, images=False)
+        super().__init__("backtrack", run, settings, images=s.gan.enabled)
         if settings.steps % settings.fake_updates:
             raise UserError(
                 f"backtrack.steps={settings.steps} is not a multiple of backtrack.fake_updates={settings.fake_updates}: the "
                 "last generator update would lack fake-score updates"
             )
-        teacher_folder = s.pipeline_folder / "unet"
-        if s.lora.rank:
-            for folder in {teacher_folder, s.start_folder}:
-                check_targets(folder, s.lora)
+        if self.micro % settings.generator_split:
+            fits = ", ".join(str(n) for n in range(1, self.micro + 1) if self.micro % n == 0)
+            raise UserError(
+                f"backtrack.generator_split={settings.generator_split} does not divide the micro-batch of {self.micro} "
+                f"(batch {settings.batch} over {run.world.size} processes x {settings.accumulation} accumulation steps): "
+                f"use one of {fits}"
+            )
+        if s.gan.enabled:
+            feature_module(empty_network(run.teacher_folder))  # a network that the head cannot read is refused at once
+        self.check_lora(run.teacher_folder, run.start_folder)
         path = None
         if settings.path != "none":
-            where = (s.path_folder, teacher_folder, s.start_folder)
-            path = open_path(*where, s.conditioning_timestep, run.world, s.lora)
-        self.sampler = run.sampler(s.pipeline_folder)
-        self.schedule, self.timestep = self.sampler.schedule, s.conditioning_timestep
+            folders = s.path_folder, run.teacher_folder, run.start_folder
+            path = open_path(*folders, s.student_timesteps, run.world, s.lora, s.variant)
+        self.sampler = run.sampler(run.pipeline_folder)
+        self.schedule = self.sampler.schedule
+        self.student = Student(self.schedule, s.student_timesteps)
         self.objective = OBJECTIVES[settings.objective]
-        far = path.folder(len(path.nodes) - 1) if path else teacher_folder
+        far = path.folder(len(path.nodes) - 1) if path else run.teacher_folder
         log.info(f"fake score starts from {far}")
         # With LoRA every role is an adapter on the weights that it would have had, and a node is an adapter on the
         # teacher's; a target that never moves needs none.
         new = "new" if s.lora.rank else None
         walks = settings.path == "walk"
-        self.teacher = self.role("teacher", teacher_folder, settings.teacher_ds_config, None, new if walks else None)
-        self.generator = self.role("generator", s.start_folder, settings.generator_ds_config, settings.generator, new)
-        fake = (teacher_folder, far if path else new) if new else (far, None)
-        self.fake_score = self.role("fake_score", fake[0], settings.fake_score_ds_config, settings.fake_score, fake[1])
+        self.teacher = self.role(
+            "teacher", run.teacher_folder, settings.teacher_ds_config, adapter=new if walks else None
+        )
+        self.generator = self.role(
+            "generator",
+            run.start_folder,
+            settings.generator_ds_config,
+            settings.generator,
+            settings.generator_split,
+            adapter=new,
+        )
+        below, adapter = (run.teacher_folder, far if path else new) if new else (far, None)
+        self.fake_score = self.role(
+            "fake_score",
+            below,
+            settings.fake_score_ds_config,
+            settings.fake_score,
+            wrap=self._with_head if s.gan.enabled else None,
+            adapter=adapter,
+        )
+        self.gan = Adversary(s.gan, self.fake_score, self.sampler, self.noise) if s.gan.enabled else None
         self.target = Target(self.teacher, path if walks else None, settings.walk)
         self.ema = Ema(self.generator.local(), settings.ema)
         self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
         self.norms: dict[str, float] = {}
         self.flops = self._flops()
-        self.identity["teacher"] = self.hash(teacher_folder)
+        self.identity["teacher"] = self.hash(run.teacher_folder)
         if path:
             self.identity["far_node"] = path.nodes[-1].sha256
+        self.identity["timesteps"] = list(self.student.timesteps)
+        self.identity |= {f"gan.{k}": v for k, v in s.gan.model_dump(mode="json").items()}
+
+    def _with_head(self, network: nn.Module) -> nn.Module:
+        return Discriminator(network, self.sampler.latent_shape, self.run.settings.seed)
 
     def _flops(self) -> float:
-        """FLOP of an average step and rank: a turn has the generator forward and back, target and fake score forward; a
-        fake update is forward and back, and makes its own samples unless it may reuse a turn's."""
-        settings = self.settings
-        tokens = self.sampler.text.tokens
-        forward = forward_flops(self.generator.config, self.sampler.latent_shape, tokens)
-        turn = self.trained_passes + (1 if settings.guidance_scale == 1 else 2) + 1
-        fresh = 0 if settings.reuse_x0 else settings.fake_updates - 1
-        passes = turn + self.trained_passes * settings.fake_updates + fresh
-        return forward * passes / settings.fake_updates * self.micro * settings.accumulation
+        """FLOP of an average step and rank."""
+        about = self.generator.config, self.sampler.latent_shape, self.sampler.text.tokens
+        judging = judging_flops(*about) if self.gan else ()
+        s = self.run.settings
+        sample = step_flops(self.settings, s.gan, trained_pass(s.lora), forward_flops(*about), *judging)
+        return sample * self.micro * self.settings.accumulation
 
     def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
         settings = self.settings
@@ -98,7 +131,7 @@ class Backtracking(TrainStage):
         for part, batch in enumerate(self.micro_batches(meters)):
             if turn:
                 # The last turn before a line is the one whose norm the line shows.
-                x0, cond, mismatch = self._generator_turn(step, batch, until_log < settings.fake_updates)
+                x0, cond, mismatch = self._generator_turn(step, batch, meters, until_log < settings.fake_updates)
                 meters.add("mismatch", mismatch)
                 meters.add("sample_spread", _spread(x0))
                 mismatches.append(mismatch)
@@ -109,11 +142,8 @@ class Backtracking(TrainStage):
             else:
                 cond = self._encode(batch.captions)
                 with torch.no_grad():
-                    x0 = self._sample(step, batch, cond)
-            t = self.schedule.timesteps(self.noise.uniform("fake t", step, batch.index))
-            eps = self.noise.normal("fake eps", step, batch.index, tuple(x0.shape[1:]))
-            loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
-            meters.add("loss/fake_score", loss)
+                    x0 = self._sample(step, batch.index, cond)
+            loss = self._fake_score_loss(step, batch, x0, cond, meters)
             self._norm("fake_score", self.fake_score.step(loss, self.rates["fake_score"], until_log == 0))
         if turn:
             self.ema.update(self.generator.local())
@@ -123,31 +153,63 @@ class Backtracking(TrainStage):
     def _encode(self, captions: list[str]) -> Conditioning:
         return self.sampler.text.encode(captions, self.sampler.resolution)
 
-    def _sample(self, step: int, batch: Batch, cond: Conditioning) -> Tensor:
-        z = self.noise.normal("z", step, batch.index, self.sampler.latent_shape)
-        return generate(self.generator, z, cond, self.schedule, self.timestep)
+    def _sample(self, step: int, index: list[int], cond: Conditioning) -> Tensor:
+        shape = self.sampler.latent_shape
+        return self.student.training_sample(self.generator, cond, self.noise, step, index, shape)
 
-    def _generator_turn(self, step: int, batch: Batch, want_norm: bool) -> tuple[Tensor, Conditioning, Tensor]:
-        """The generator's micro-step; returns its samples, detached, their conditioning, and the mismatch on them."""
+    def _fake_score_loss(self, step: int, batch: Batch, x0: Tensor, cond: Conditioning, meters: Meters) -> Tensor:
+        t = self.schedule.timesteps(self.noise.uniform("fake t", step, batch.index))
+        eps = self.noise.normal("fake eps", step, batch.index, tuple(x0.shape[1:]))
+        if self.gan:
+            reused = self.settings.reuse_x0 and step % self.settings.fake_updates
+            real_cond = (
+                self._encode(batch.captions) if reused else cond
+            )  # reused samples have an earlier batch's captions
+            return self.gan.update_loss(x0, eps, t, cond, real_cond, step, batch, meters)
+        loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
+        meters.add("loss/fake_score", loss)
+        return loss
+
+    def _generator_turn(
+        self, step: int, batch: Batch, meters: Meters, want_norm: bool
+    ) -> tuple[Tensor, Conditioning, Tensor]:
+        """The generator's micro-step, in `generator_split` pieces; returns its samples, detached, their conditioning, and
+        the mismatch on them."""
+        cond = self._encode(batch.captions)  # whole: the last bit of a text state depends on its batch
+        size, parts = self.micro // self.settings.generator_split, []
+        for rows in (slice(low, low + size) for low in range(0, self.micro, size)):
+            piece = cond.map(lambda v, rows=rows: v[rows])
+            parts.append(self._generator_step(step, batch.index[rows], piece, meters, want_norm))
+        samples, mismatches = zip(*parts, strict=True)
+        return torch.cat(samples), cond, torch.stack(mismatches).mean()
+
+    def _generator_step(
+        self, step: int, index: list[int], cond: Conditioning, meters: Meters, want_norm: bool
+    ) -> tuple[Tensor, Tensor]:
         settings = self.settings
-        cond = self._encode(batch.captions)
-        x0 = self._sample(step, batch, cond)
+        x0 = self._sample(step, index, cond)
         sample = x0.detach()
-        t = self.schedule.timesteps(self.noise.uniform("t", step, batch.index), *settings.timesteps)
-        eps = self.noise.normal("eps", step, batch.index, tuple(sample.shape[1:]))
+        t = self.schedule.timesteps(self.noise.uniform("t", step, index), *settings.timesteps)
+        eps = self.noise.normal("eps", step, index, tuple(sample.shape[1:]))
         x_t = self.schedule.add_noise(sample, eps, t)
         with torch.no_grad():
             guided, conditional = predict_guided(self.teacher, x_t, t, cond, settings.guidance_scale)
-            fake = predict(self.fake_score, x_t, t, cond)
+            if not self.gan:
+                fake = predict(self.fake_score, x_t, t, cond)
+        if self.gan:
+            fake, push, loss = self.gan.push(sample, eps, t, cond, step, index)
+            meters.add("loss/gan_generator", loss)
         # Unguided and unnormalised: how far the fake score is from the target's own distribution.
         mismatch = (conditional - fake).square().mean()
         alpha, sigma = self.schedule.alpha_sigma(t)
         target_x0, fake_x0 = self.schedule.to_x0(guided, x_t, t), self.schedule.to_x0(fake, x_t, t)
         gradient = self.objective(Scores(sample, target_x0, fake_x0, alpha, sigma))
+        if self.gan:
+            gradient = gradient + push
         # The mean over elements of x0 * gradient has gradient / elements as its gradient on x0.
         loss = (x0 * gradient).mean()
         self._norm("generator", self.generator.step(loss, self.rates["generator"], want_norm))
-        return sample, cond, mismatch
+        return sample, mismatch
 
     def _mean(self, value: Tensor) -> float:
         return float(mean_over_ranks(value, self.world))
@@ -163,20 +225,25 @@ class Backtracking(TrainStage):
         return {f"lr/{role}": rate for role, rate in self.rates.items()} | {"target_node": self.target.node}
 
     def preview(self) -> Tensor:
-        z = self.preview_noise(self.sampler.latent_shape)
+        noise, timesteps = self.preview_noise(self.sampler.latent_shape), self.student.timesteps
         with self.generator.averaged(self.ema):
-            return self.grid(self.sampler.one_step(self.generator, self.preview_captions(), z, self.timestep))
+            return self.grid(self.sampler.student(self.generator, self.preview_captions(), noise, timesteps))
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
-            with self.generator.averaged(self.ema):
-                self.save_weights(self.generator, folder, self.run.dtype)
+            state = self.generator.state_dict(self.ema, self.run.dtype)
+            if state is not None:
+                self.saver(self.generator)(state, folder=folder)
 
         return write
 
     def state_dict(self) -> dict:
-        own = {"ema": self.ema.state_dict(), "target": self.target.state_dict(), "kept": self.kept, "norms": self.norms}
-        return super().state_dict() | own
+        return super().state_dict() | {
+            "ema": self.average_state(self.ema, self.generator),
+            "target": self.target.state_dict(),
+            "kept": [{"x0": x0, **cond.tensors()} for x0, cond in self.kept],
+            "norms": self.norms,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -184,7 +251,17 @@ class Backtracking(TrainStage):
         self.target.load_state_dict(state["target"])
         self.norms = state["norms"]
         device = self.world.device
-        self.kept = [(x0.to(device), cond.map(lambda v: v.to(device))) for x0, cond in state["kept"]]
+        kept = [{key: value.to(device) for key, value in part.items()} for part in state["kept"]]
+        family = self.sampler.text.family.name
+        self.kept = [(part.pop("x0"), Conditioning(**part, family=family)) for part in kept]
+
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        return super().regroup(states, saved) | {
+            "ema": self.regroup_average([s["ema"] for s in states], self.ema, self.generator),
+            "target": merge_walks([s["target"] for s in states]),
+            # The generator that made them is gone: the samples themselves go to the ranks that have their rows now.
+            "kept": redeal([s["kept"] for s in states], saved, self.split, self.world.rank),
+        }
 
     def begin(self, step: int) -> None:
         super().begin(step)
@@ -204,25 +281,24 @@ def _spread(x0: Tensor) -> Tensor:
     return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()
 
 
-def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool = True) -> None:
-    """Writes a one-step pipeline of a generator's UNet folder, or of its LoRA folder: merged into the UNet that it
-    started from, or beside it as `lora/`."""
-    source, timestep = run.settings.pipeline_folder, run.settings.conditioning_timestep
-    unet, lora, start = weights, None, run.settings.start_folder
+def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool = True) -> str:
+    """Writes a pipeline of a generator's weights folder, or of its LoRA folder: merged into the network that it started
+    from, or beside it as `lora/`. Returns the call that makes an image with it."""
+    s, network, lora = run.settings, weights, None
     if is_adapter(weights) and merge:
 
-        def unet(folder: Path) -> None:
-            load_merged(start, weights, run.dtype).save_pretrained(folder, safe_serialization=True)
+        def network(folder: Path) -> None:
+            load_merged(run.start_folder, weights, run.dtype, s.variant).save_pretrained(folder)
 
     elif is_adapter(weights):
-        unet, lora = start, weights
-    note = note | {"resolution": run.settings.data.resolution}
-    write_one_step_pipeline(source, unet, timestep, out, note, lora)
+        network, lora = run.start_folder, weights
+    note = note | {"resolution": s.data.resolution}
+    return write_student_pipeline(run.pipeline_folder, network, s.student_timesteps, out, note, s.variant, lora)
 
 
 def backtrack(run: Run) -> None:
-    """Distils the generator and writes `generator/`, a pipeline that makes an image in one step."""
-    check_pipeline(run.settings.pipeline_folder)
+    """Distils the generator and writes `generator/`, a pipeline that makes an image in one step or the student's."""
+    run.require_pipeline()
     folder = run.stage_folder("backtrack")
     stage = Backtracking(run)
     seconds = train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)

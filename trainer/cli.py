@@ -8,12 +8,14 @@ from trainer.version import VERSION
 VERBS = {
     "shards": "build, index and validate WebDataset shards",
     "pretrain": "train or fine-tune a teacher on shards",
+    "plan": "memory, disk and time of a run, before any weight is loaded",
     "record": "stage 1: record the degradation path",
     "backtrack": "stage 2: distil a one-step generator along the path",
     "sample": "prompts to images",
     "evaluate": "score a generator against real images",
     "export": "write a one-step diffusers pipeline",
     "report": "one HTML page of a run",
+    "status": "where a run stands, from its files alone",
 }
 
 

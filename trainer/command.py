@@ -13,8 +13,9 @@ from data.errors import DataError
 from models.errors import ModelError
 from trainer.configfile import load_settings
 from trainer.distributed import finish, seed_everything, start
-from trainer.errors import Stopped, UserError
+from trainer.errors import NodeTrouble, RankError, Stopped, UserError
 from trainer.quiet import no_progress_bars
+from trainer.rendezvous import leave_word
 from trainer.run import Run
 
 USER_MISTAKE, STOPPED, FAILED = 2, 75, 1
@@ -32,22 +33,29 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
     try:
         action()
         return 0
-    except (UserError, DataError, ModelError) as error:
+    except (UserError, DataError, ModelError, NodeTrouble) as error:
         if debug:
             traceback.print_exc()
         # The same mistake is found by every process: rank 0 says it. What only another process met, it says itself.
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or isinstance(error, DataError):
-            print(f"disback: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        rank, code = int(os.environ.get("RANK", "0")), USER_MISTAKE
+        speaks = rank == 0 or isinstance(error, DataError | RankError)
+        if isinstance(error, NodeTrouble):
+            code, speaks = FAILED, error.speaks
+        if speaks:
+            message = f"{f'rank {rank}: ' if rank and code == USER_MISTAKE else ''}{error}"
+            leave_word(code, message)
+            print(f"disback: {message}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # the launcher ends everybody when the first process ends: let rank 0 speak
-        return USER_MISTAKE
+        return code
     except Stopped as stop:
+        leave_word(STOPPED, str(stop))
         print(f"disback: {stop}", file=sys.stderr, flush=True)
         return STOPPED
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        leave_word(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         traceback.print_exc()
         return FAILED
 

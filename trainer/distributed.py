@@ -1,12 +1,10 @@
 """Processes: who am I, how many are we, and the few collectives that the stages need besides DeepSpeed's."""
 
 import contextlib
-import datetime
 import io
 import os
 import random
 import shutil
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.rendezvous import COLLECTIVE_TIMEOUT, environment, meet
 
 STALE_LOCK_SECONDS = 900  # DeepSpeed's one-off build takes about a minute; older than this, its builder is dead
 
@@ -34,23 +33,6 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-
-def _environment() -> None:
-    """Gives torch.distributed its five variables: from the launcher, from srun, or for a single process."""
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in env:
-                raise UserError(
-                    f"srun starts {env['WORLD_SIZE']} tasks but {name} is not set: export it in the job script"
-                )
-    if "RANK" not in env:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def _check_compiler() -> None:
@@ -75,23 +57,23 @@ def _check_compiler() -> None:
 
 
 def start() -> World:
-    """Joins the process group (nccl on GPUs, gloo on CPU). Raises UserError where DeepSpeed could not start."""
-    _environment()
+    """Joins the process group (nccl on GPUs, gloo on CPU), after a check of every node. Raises UserError or NodeTrouble
+    where training could not start."""
+    environment()
     import deepspeed  # slow to import: verbs that need no engines do without
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if accelerator.device_name() == "cpu":
-        _check_compiler()
-        device = torch.device("cpu")
+    on_cpu = accelerator.device_name() == "cpu"
+    if dist.is_initialized():
+        device = torch.device("cpu" if on_cpu else accelerator.current_device_name())
     else:
-        accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
-    if not dist.is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=30))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        device = meet(
+            accelerator, accelerator.communication_backend_name(), _check_compiler if on_cpu else lambda: None
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), device)
 
 
 def finish() -> None:
@@ -141,6 +123,31 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world.size)]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def first_problem(problem: str | None, world: World) -> str | None:
+    """The first rank's problem, if any rank has one, on every rank: so that all raise it together and none is left
+    waiting. Waits for every rank: not for every step."""
+    if world.size == 1:
+        return problem
+    problems: list[str | None] = [None] * world.size
+    dist.all_gather_object(problems, problem)
+    return next((p for p in problems if p), None)
+
+
+def node_group(world: World) -> dist.ProcessGroup:
+    """The group of this node's processes. A node is a run of ranks whose local ranks count up from 0, as every launcher
+    numbers them. Every rank must call it, the same number of times."""
+    locals_: list[int] = [0] * world.size
+    dist.all_gather_object(locals_, world.local_rank)
+    starts = [rank for rank, local in enumerate(locals_) if local == 0]
+    nodes = [list(range(a, b)) for a, b in zip(starts, [*starts[1:], world.size], strict=True)]
+    if any([locals_[rank] for rank in node] != list(range(len(node))) for node in nodes):
+        raise UserError(
+            f"local ranks {locals_} do not count up from 0 on each node: teacher_node cannot tell the nodes"
+        )
+    groups = [dist.new_group(node) for node in nodes]  # every rank makes every group
+    return next(group for node, group in zip(nodes, groups, strict=True) if world.rank in node)
 
 
 def from_main(value: object, world: World) -> object:

@@ -1,6 +1,8 @@
 """Roles as DeepSpeed engines: teacher (and target), generator, fake score. Engines only run networks."""
 
 import json
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,13 +12,15 @@ from torch import Tensor, nn
 
 from models.ema import Ema
 from models.lora import adapter_parameters
-from trainer.distributed import World
+from trainer.distributed import World, node_group
 from trainer.errors import UserError
 from trainer.optimizer import GuardedAdamW
 from trainer.schedules import OptimizerSettings
-from trainer.weights import Slice
+from trainer.telemetry import log
+from trainer.weights import Weights, load_folder
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+WITHIN_NODE = "shard_within_node"  # our own key in a JSON: sharded over each node's processes, not over all
 # These have one owner, the YAML: a DeepSpeed JSON that says otherwise would silently win.
 OURS = {
     "train_batch_size": "batch",
@@ -60,9 +64,15 @@ def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, prec
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"DeepSpeed configuration {file} is not JSON: {error}") from error
+    config.pop("comment", None)  # the reasons of the file's values
     for key, owner in OURS.items():
         if key in config:
             raise UserError(f"{file}: '{key}' is set by `{owner}` in the YAML: remove it from the JSON")
+    if config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
+        raise UserError(
+            f"{file}: zero_hpz_partition_size keeps second copies that a change of weights would not reach: use the "
+            f"teacher_node configuration (`{WITHIN_NODE}`) for a frozen role, or remove it"
+        )
     return config | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
@@ -78,38 +88,74 @@ def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, prec
 class Role:
     """One network under DeepSpeed, trained (with an optimizer) or frozen (without).
 
-    Of a network with a LoRA adapter, only the adapter is trained, sliced, averaged, switched and saved: its base stays
-    as it was loaded, in the engine's precision, and has no optimizer state.
+    network: with its weights, or on the meta device (`models.pipeline.empty_network`) and filled from `folder` here, every
+    rank reading its own rows only. wrap: what is made of the filled network, such as a Discriminator. variant: of the
+    weight files, here and in folders that are read later.
 
-    Call it for a forward pass. `module` is the bare network, for terms that need autograd to an input only. `config` is
-    the network's own configuration, as its weights folder has it.
+    Of a network with a LoRA adapter (models.lora.attach) only the adapter, and what was wrapped around the network, is
+    trained, sliced, averaged, switched and saved: its base stays as it was loaded, in the engine's precision, and has no
+    optimizer state. Call the role for a forward pass. `module` is the bare network,
+    for terms that need autograd to an input only. `config` is the network's own configuration, as its folder has it.
     """
 
     def __init__(
-        self, name: str, network: nn.Module, config: dict, world: World, optimizer: OptimizerSettings | None = None
+        self,
+        name: str,
+        network: nn.Module,
+        config: dict,
+        world: World,
+        optimizer: OptimizerSettings | None = None,
+        folder: Path | None = None,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        variant: str = "",
     ):
         self.name, self.world, self.config = name, world, dict(getattr(network, "config", {}))
         self.trained = optimizer is not None
-        stage = config["zero_optimization"]["stage"]
-        if not self.trained and stage not in (0, 3):
-            raise UserError(f"{name}: a frozen role runs at ZeRO stage 0 or 3, not {stage}: use zero0 or teacher")
-        self.adapter = bool(adapter_parameters(network))
+        self.stage = config["zero_optimization"]["stage"]
+        if not self.trained and self.stage not in (0, 3):
+            raise UserError(f"{name}: a frozen role runs at ZeRO stage 0 or 3, not {self.stage}: use zero0 or teacher")
+        config = dict(config)
+        within_node = config.pop(WITHIN_NODE, False)
+        if within_node and (self.trained or self.stage != 3):
+            raise UserError(f"{name}: `{WITHIN_NODE}` is for a frozen role at ZeRO stage 3, such as teacher_node")
+        dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        began, tensors = time.monotonic(), 0
+        if folder is not None:
+            group = node_group(world) if within_node else None
+            tensors = load_folder(network, folder, world, dtype, config, group, variant)
+        loaded = network
+        if wrap is not None:
+            network = wrap(loaded)
+            for child in network.children() if network is not loaded else ():
+                if child is not loaded:
+                    child.to(world.device, dtype)
+        self.adapter = bool(adapter_parameters(loaded))
         network.requires_grad_(False).train(self.trained)
-        weights = list(self._weights(network).values())
-        for parameter in weights:
+        own = self._own(network, loaded)
+        for parameter in own.values():
             parameter.requires_grad_(self.trained)
         adam = None
         if optimizer is not None:
-            adam = GuardedAdamW(weights, optimizer, world)
+            adam = GuardedAdamW(list(own.values()), optimizer, world)
         self.adam = adam
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
-        self.stage = stage
-        self.slices = [Slice(key, p, world) for key, p in self._weights(self.engine.module).items()]
-        self._probe = self._some_weights()
+        whole = self.engine.module
+        self.weights = Weights(self._own(whole, loaded) if self.adapter else whole, world, variant)
+        self._probe: Tensor | None = self._some_weights()
+        masters = 0
+        if folder is not None and self.trained and not self.adapter and dtype != torch.float32:
+            masters = Weights(loaded, world, variant).load_masters(folder, self.optimizer)
+        if folder is not None:
+            note = f", {masters} of them in full precision for the optimizer" if masters else ""
+            log.info(f"{name}: {tensors} tensors from {folder} in {time.monotonic() - began:.1f} s{note}")
 
-    def _weights(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """The role's own parameters by their names in files: the adapter's, if there is one, else all."""
-        return adapter_parameters(network) if self.adapter else dict(network.named_parameters())
+    def _own(self, network: nn.Module, loaded: nn.Module) -> dict[str, nn.Parameter]:
+        """The role's own parameters by their names in files: all, or an adapter's and those around the loaded network."""
+        if not self.adapter:
+            return dict(network.named_parameters())
+        inside = {id(p) for p in loaded.parameters()}
+        around = {name: p for name, p in network.named_parameters() if id(p) not in inside}
+        return adapter_parameters(loaded) | around
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.engine(*args, **kwargs)
@@ -117,6 +163,13 @@ class Role:
     @property
     def module(self) -> nn.Module:
         return self.engine.module
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The flat elements [start, end) of each weight that this rank's slice has; see `local`."""
+        return [(s.start, s.end) for s in self.weights.slices]
 
     def step(self, loss: Tensor, rate: float, want_norm: bool = False) -> float | None:
         """One micro-step: backward, and at the end of an accumulation the optimizer with learning rate `rate`.
@@ -145,9 +198,13 @@ class Role:
         return largest.reshape(-1)[:PROBE].float().clone()
 
     def update_ratio(self) -> Tensor:
-        """|change| / |weights| of some of this rank's weights since the last call: a scalar on the device."""
+        """|change| / |weights| of some of this rank's weights since the last call: a scalar on the device. NaN at the first
+        call of a run that was cut anew, which has none to compare with."""
         now = self._some_weights()
-        ratio = (now - self._probe).norm() / now.norm().clamp_min(1e-12)
+        if self._probe is None:
+            ratio = torch.tensor(torch.nan, device=now.device)
+        else:
+            ratio = (now - self._probe).norm() / now.norm().clamp_min(1e-12)
         self._probe = now
         return ratio
 
@@ -157,45 +214,28 @@ class Role:
 
     def load_watch_state(self, state: dict) -> None:
         self.adam.skipped.copy_(state["skipped"])
-        if state["probe"].shape == self._probe.shape:  # another world size cuts the weights elsewhere
-            self._probe.copy_(state["probe"])
+        self._probe = None if state["probe"] is None else self._probe.copy_(state["probe"])
 
     def local(self) -> list[Tensor]:
-        """This rank's slices of the weights: all of every tensor below ZeRO-3, its own part under it."""
-        return [s.tensor for s in self.slices]
-
-    @torch.no_grad()
-    def write(self, values: list[Tensor]) -> None:
-        """Overwrites this rank's slices with tensors of the same shapes. Below ZeRO-3 every rank must write alike."""
-        for s, value in zip(self.slices, values, strict=True):
-            s.write(value)
+        """The weights that this rank owns, 1/N of every parameter, flat; see trainer.weights.Slice."""
+        return self.weights.local()
 
     @contextmanager
     def averaged(self, ema: Ema):
-        """The network with the averaged weights, for the time of the block; training weights come back to the bit."""
+        """The network with the averaged weights, for the time of the block; training weights come back to the bit. Every
+        rank must enter it."""
         kept = [t.clone() for t in self.local()]
-        self.write(ema.shadow)
+        self.weights.write(ema.shadow)
         try:
             yield self
         finally:
-            self.write(kept)
+            self.weights.write(kept)
 
-    def state_dict(self) -> dict[str, Tensor] | None:
-        """A copy of the whole network's weights, or of the adapter's if there is one, on rank 0 (host memory), None on
-        the others. Every rank must call it."""
-        if self.adapter:
-            with deepspeed.zero.GatheredParameters([s.parameter for s in self.slices], enabled=self.stage == 3):
-                return {
-                    s.key: s.parameter.detach().to("cpu", copy=True) for s in self.slices if self.world.main
-                } or None
-        if self.stage == 3:
-            whole = self.engine._zero3_consolidated_16bit_state_dict()
-        else:
-            whole = self.module.state_dict() if self.world.main else None
-        if whole is None:
-            return None
-        # Always a copy: on a CPU .cpu() gives the live weights, and the averaged ones would change back under the caller.
-        return {key: value.detach().to("cpu", copy=value.device.type == "cpu") for key, value in whole.items()}
+    def state_dict(self, ema: Ema | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
+        """A copy of the whole network's (or the adapter's) weights, or of their average, on rank 0 (host memory), None on
+        the others. Every rank must call it. dtype: default: the live one."""
+        dtype = dtype or self.weights.slices[0].parameter.dtype
+        return self.weights.copy(dtype) if ema is None else self.weights.gather(ema.shadow, dtype)
 
     def save_engine(self, folder: Path) -> None:
         """Writes weights and optimizer into folder/NAME, in DeepSpeed's form. Every rank must call it.

@@ -18,7 +18,7 @@ from trainer.command import run_verb
 from trainer.distributed import barrier, from_main, gather_rows, sum_over_ranks
 from trainer.judge import JUDGES, Judge, to_bytes
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
+from trainer.shelf import WEIGHTS
 from trainer.source import Source, find_source
 from trainer.stage import enlarge
 from trainer.telemetry import log
@@ -103,9 +103,9 @@ def _write(run: Run, source: Source, record: dict, shown: list[Tensor]) -> None:
     write_png(make_grid(enlarge(torch.stack(shown), sample.enlarge), 10, 2, pad_value=128), str(temporary / "grid.png"))
     used = {
         "evaluate": run.settings.evaluate.model_dump(),
-        "sampling_steps": 1 if source.timestep is not None else sample.steps,
+        "sampling_steps": len(source.timesteps) if source.timesteps else sample.steps,
     }
-    used["guidance_scale"] = None if source.timestep is not None else sample.guidance_scale
+    used["guidance_scale"] = None if source.timesteps else sample.guidance_scale
     (temporary / "settings.yaml").write_text(yaml.safe_dump(used, sort_keys=False))
     (temporary / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     replace_folder(temporary, folder)

@@ -1,13 +1,14 @@
 """The one training loop: pretraining, recording and backtracking run through `train`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from data.order import Split
 from trainer.distributed import World
 from trainer.engines import Role
 from trainer.errors import Stopped, UserError
@@ -18,7 +19,8 @@ from trainer.telemetry import Meters, Telemetry, log
 
 
 class LoopSettings(BaseModel):
-    """Intervals in steps; 0 switches a thing off."""
+    """Intervals in steps; 0 switches a thing off. keep_last: checkpoints kept whole; of older ones every
+    `keep_every`-th step's stays whole, and every `keep_weights_every`-th step's keeps its plain weights."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,6 +28,7 @@ class LoopSettings(BaseModel):
     sample_every: int = Field(500, ge=0)
     save_every: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
     keep_weights_every: int = Field(0, ge=0)
     tensorboard: bool = True
 
@@ -39,6 +42,8 @@ class Stage(Protocol):
     flops: float  # counted FLOP a step and rank; 0 if unknown
     roles: dict[str, Role]
     identity: dict  # what a resumed run must have in common with the saved one
+    split: Split  # how a step's batch is cut into ranks and micro-steps; a resumed run may cut it otherwise
+    needs: Sequence[str]  # files outside of a checkpoint, written so far, that going back to this step needs
 
     def begin(self, step: int) -> None:
         """Opens the data at a step; called once, after a resume."""
@@ -60,8 +65,12 @@ class Stage(Protocol):
 
     def load_state_dict(self, state: dict) -> None: ...
 
-    def saved(self) -> None:
-        """Called when a checkpoint is safe on disk."""
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        """The state to load on this rank, from those of all ranks of a run that was cut otherwise. The engines are
+        loaded already."""
+
+    def saved(self, needed: set[str]) -> None:
+        """Called when a checkpoint is safe on disk. needed: the `needs` of all that are kept (rank 0)."""
 
     def close(self) -> None: ...
 
@@ -71,11 +80,9 @@ def train(stage: Stage, settings: LoopSettings, health_settings: HealthSettings,
 
     Raises Stopped after saving if a signal asked for it, UserError if no update can be made any more.
     """
-    checkpoints = Checkpoints(
-        folder, world, stage.roles, stage.identity, settings.keep_last, settings.keep_weights_every
-    )
+    checkpoints = Checkpoints(folder, world, stage.roles, stage.identity, stage.split, settings)
     first, seconds, meters = 0, 0.0, Meters()
-    if resumed := checkpoints.load():
+    if resumed := checkpoints.load(stage.regroup):
         first, state = resumed
         stage.load_state_dict(state["stage"])
         meters.load_state_dict(state["meters"])
@@ -88,10 +95,15 @@ def train(stage: Stage, settings: LoopSettings, health_settings: HealthSettings,
     health = Health(health_settings)
     mark, marked = time.monotonic(), first
 
+    saving = None  # seconds of the saves since the last line
+
     def save(step: int) -> Path:
+        nonlocal saving
+        began = time.monotonic()
         state = {"stage": stage.state_dict(), "meters": meters.state_dict(), "seconds": seconds}
-        path = checkpoints.save(step, state, stage.weights_writer())
-        stage.saved()
+        path = checkpoints.save(step, state, stage.weights_writer(), stage.needs)
+        stage.saved(checkpoints.shelf.needed() if world.main else set())
+        saving = (saving or 0.0) + time.monotonic() - began
         return path
 
     try:
@@ -106,7 +118,8 @@ def train(stage: Stage, settings: LoopSettings, health_settings: HealthSettings,
                     spent, mark = time.monotonic() - mark, time.monotonic()
                     seconds += spent
                     pace, marked = spent / (step - marked), step
-                    line = _speed(stage, step, seconds, pace) | values | stage.metrics()
+                    line = _speed(stage, step, seconds, pace) | values | stage.metrics() | {"save_seconds": saving}
+                    saving = None
                     telemetry.line(step, line)
                     _look_after(health, line, stage, step, checkpoints)
                 elif switch:

@@ -34,6 +34,7 @@ class GuardedAdamW(torch.optim.AdamW):
         bad = (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float().to(self.world.device)
         if self.world.size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        self.found_inf: Tensor = bad
+        # Offloaded states are updated on the CPU, where the kernel would not wait for a flag that is still on its way.
+        self.found_inf: Tensor = bad.to(gradients[0].device)
         self.skipped += bad
         super().step(closure)

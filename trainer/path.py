@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,15 +33,16 @@ class Node:
 
 @dataclass(frozen=True)
 class DegradationPath:
-    """A verified path. folder(i) is a weights folder that UNet2DConditionModel.from_pretrained loads; of a path of LoRA
-    nodes, for i > 0, a LoRA folder that `load_lora_adapter(folder, prefix="unet", use_safetensors=True)` puts on the teacher."""
+    """A verified path. folder(i) is a weights folder that the denoiser's class loads with from_pretrained; of a path of LoRA
+    nodes, for i > 0, a LoRA folder that `load_lora_adapter(folder, prefix=PART, use_safetensors=True)` puts on the
+    teacher (PART: "unet" or "transformer")."""
 
     root: Path
-    teacher_unet: Path
+    teacher: Path
     nodes: list[Node]
 
     def folder(self, index: int) -> Path:
-        return self.root / f"node-{index:04d}" if index else self.teacher_unet
+        return self.root / f"node-{index:04d}" if index else self.teacher
 
 
 def file_hash(file: Path) -> str:
@@ -48,9 +50,13 @@ def file_hash(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def generator_hash(start_hash: str, timestep: int) -> str:
-    """The identity of the untrained generator: its weights and the timestep that they are evaluated at."""
-    return hashlib.sha256(f"{start_hash}@{timestep}".encode()).hexdigest()
+def generator_hash(start_hash: str, timesteps: tuple[int, ...]) -> str:
+    """The identity of the untrained generator: its weights and the timesteps that they are evaluated at."""
+    return hashlib.sha256(f"{start_hash}@{_joined(timesteps)}".encode()).hexdigest()
+
+
+def _joined(timesteps: Sequence[int]) -> str:
+    return ",".join(str(t) for t in timesteps)
 
 
 def choose_nodes(distances: list[float], count: int) -> list[int]:
@@ -73,7 +79,12 @@ def choose_nodes(distances: list[float], count: int) -> list[int]:
 
 
 def write_manifest(
-    root: Path, teacher: Path, hashes: tuple[str, str], timestep: int, nodes: list[Node], lora: LoraSettings
+    root: Path,
+    teacher: Path,
+    hashes: tuple[str, str],
+    timesteps: tuple[int, ...],
+    nodes: list[Node],
+    lora: LoraSettings,
 ) -> None:
     """Writes path.json, last of all and atomically: a path without it is not a path."""
     reference = root / "node-0000"
@@ -83,7 +94,8 @@ def write_manifest(
         "format": FORMAT,
         "teacher": hashes[0],
         "generator": hashes[1],
-        "conditioning_timestep": timestep,
+        "conditioning_timestep": timesteps[0],
+        "timesteps": timesteps,
         **_kind(lora),
         "nodes": [asdict(node) for node in nodes],
     }
@@ -98,24 +110,30 @@ def _kind(lora: LoraSettings) -> dict:
 
 
 def open_path(
-    root: Path, teacher_unet: Path, start: Path, timestep: int, world: World, lora: LoraSettings
+    root: Path,
+    teacher: Path,
+    start: Path,
+    timesteps: tuple[int, ...],
+    world: World,
+    lora: LoraSettings,
+    variant: str = "",
 ) -> DegradationPath:
     """Reads and verifies a recorded path: it must be this teacher's and this generator start's, its nodes of the kind
-    that the run trains, and every node must be there to the byte. Rank 0 reads the weights once to hash them; all
-    ranks raise the same UserError."""
+    that the run trains, and every node must be there to the byte. variant: of the teacher's and the start's weight
+    files. Rank 0 reads the weights once to hash them; all ranks raise the same UserError."""
     problem = nodes = None
     if world.main:
         try:
-            nodes = _verified(root, weights_hash(teacher_unet), weights_hash(start), timestep, lora)
+            nodes = _verified(root, weights_hash(teacher, variant), weights_hash(start, variant), timesteps, lora)
         except UserError as error:
             problem = str(error)
     problem, nodes = from_main((problem, nodes), world)
     if problem:
         raise UserError(problem)
-    return DegradationPath(root, teacher_unet, nodes)
+    return DegradationPath(root, teacher, nodes)
 
 
-def _verified(root: Path, teacher: str, start: str, timestep: int, lora: LoraSettings) -> list[Node]:
+def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...], lora: LoraSettings) -> list[Node]:
     file = root / MANIFEST
     try:
         record = json.loads(file.read_text())
@@ -134,13 +152,14 @@ def _verified(root: Path, teacher: str, start: str, timestep: int, lora: LoraSet
             f"path {root} was recorded from another teacher (sha256 {record['teacher'][:12]}..., this one has "
             f"{teacher[:12]}...): set `pipeline` to its teacher, or record a path for this one"
         )
-    if record["generator"] != generator_hash(start, timestep):
+    if record["generator"] != generator_hash(start, timesteps):
+        recorded = _joined(record.get("timesteps", [record["conditioning_timestep"]]))
         raise UserError(
-            f"path {root} was recorded for another generator start (conditioning timestep "
-            f"{record['conditioning_timestep']}, this run {timestep}; or other weights): set `conditioning_timestep` and "
-            "`generator_start` as they were recorded, or record again"
+            f"path {root} was recorded for another generator start (timestep {recorded}, this run {_joined(timesteps)}; "
+            "or other weights): set `conditioning_timestep`, `backtrack.student_timesteps` and `generator_start` as they "
+            "were recorded, or record again"
         )
-    _check_kind(root, {key: record.get(key) for key in ("kind", "lora") if key in record}, _kind(lora))
+    _check_kind(root, {key: record[key] for key in ("kind", "lora") if key in record}, _kind(lora))
     nodes = [Node(**node) for node in record["nodes"]]
     if [node.index for node in nodes] != list(range(len(nodes))) or len(nodes) < 2:
         raise UserError(f"path {file}: nodes {[n.index for n in nodes]} are not 0, 1, ..., N: record the path again")

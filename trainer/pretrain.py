@@ -6,22 +6,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from data.order import Split
 from models.conditioning import image_time_ids
 from models.ema import Ema
+from models.families import family_of
 from models.flops import forward_flops
 from models.miniature import build_miniature
 from models.networks import denoising_loss
-from models.pipeline import check_pipeline, replace_folder
+from models.pipeline import replace_folder
 from trainer.autoencoder import train_autoencoder
 from trainer.command import run_verb
 from trainer.distributed import barrier
 from trainer.loop import train
 from trainer.run import Run
-from trainer.runstate import WEIGHTS
 from trainer.schedules import learning_rate
+from trainer.shelf import WEIGHTS
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
 
@@ -34,23 +35,19 @@ class Pretraining(TrainStage):
         super().__init__("pretrain", run, settings, images=True)
         self.sampler = run.sampler(start)
         self.schedule = self.sampler.schedule
-        self.teacher = self.role("teacher", start / "unet", settings.ds_config, settings.optimizer)
+        self.teacher = self.role(
+            "teacher", start / self.sampler.text.family.part, settings.ds_config, settings.optimizer
+        )
         flops = forward_flops(self.teacher.config, self.sampler.latent_shape, self.sampler.text.tokens)
         self.flops = 3 * flops * self.micro * settings.accumulation
         self.ema = Ema(self.teacher.local(), settings.ema)
 
-    def _latents(self, images: Tensor, step: int, index: list[int]) -> Tensor:
-        """Scaled latents of images, drawn from the autoencoder's posterior."""
-        vae = self.sampler.vae
-        with torch.no_grad():
-            posterior = vae.encode(images.to(self.world.device, non_blocking=True)).latent_dist
-        eps = self.noise.normal("posterior", step, index, tuple(posterior.mean.shape[1:]))
-        return (posterior.mean + posterior.std * eps) * vae.config.scaling_factor
-
     def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         for batch in self.micro_batches(meters):
-            x0 = self._latents(batch.images, step, batch.index)
+            images = batch.images.to(self.world.device, non_blocking=True)
+            posterior = self.noise.normal("posterior", step, batch.index, self.sampler.latent_shape)
+            x0 = self.sampler.encode(images, posterior)
             resolution = self.run.settings.data.resolution
             time_ids = image_time_ids(batch.original_sizes, batch.crops, resolution).to(self.world.device)
             cond = self.sampler.text.encode(batch.captions, time_ids)
@@ -69,7 +66,7 @@ class Pretraining(TrainStage):
 
     def preview(self) -> Tensor:
         settings = self.run.settings.sample
-        z = self.preview_noise(self.sampler.latent_shape)
+        z = self.preview_noise(self.sampler.latent_shape).draw()
         with self.teacher.averaged(self.ema):
             images = self.sampler.many_steps(
                 self.teacher, self.preview_captions(), z, settings.steps, settings.guidance_scale
@@ -78,24 +75,29 @@ class Pretraining(TrainStage):
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
-            with self.teacher.averaged(self.ema):
-                self.save_weights(self.teacher, folder, self.run.dtype)
+            state = self.teacher.state_dict(self.ema, self.run.dtype)
+            if state is not None:
+                self.saver(self.teacher)(state, folder=folder)
 
         return write
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"ema": self.ema.state_dict()}
+        return super().state_dict() | {"ema": self.average_state(self.ema, self.teacher)}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
+
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        average = self.regroup_average([s["ema"] for s in states], self.ema, self.teacher)
+        return super().regroup(states, saved) | {"ema": average}
 
 
 def _start(run: Run, folder: Path) -> Path:
     """The pipeline folder that training starts from; the miniature is built there once."""
     settings = run.settings.pretrain
     if settings.start != "miniature":
-        return check_pipeline(Path(settings.start))
+        return run.checked(run.fetched(settings.start, "pretrain.start"))
     start = folder / "start"
     if run.world.main and not start.exists():
         log.info(f"building a miniature pipeline in {start}")
@@ -103,6 +105,7 @@ def _start(run: Run, folder: Path) -> Path:
         build_miniature(settings.miniature).save_pretrained(temporary, safe_serialization=True)
         replace_folder(temporary, start)
     barrier(run.world)
+    run.checked(start)
     if not (start / "autoencoder.json").exists():
         vae, scale = train_autoencoder(run, start)
         if run.world.main:
@@ -126,8 +129,9 @@ def pretrain(run: Run) -> None:
         last = folder / "checkpoints" / (folder / "LATEST").read_text().strip() / WEIGHTS
         temporary = out.with_name("pipeline.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(start, temporary, ignore=shutil.ignore_patterns("unet", "autoencoder.json"))
-        shutil.copytree(last, temporary / "unet")
+        part = family_of(start).part
+        shutil.copytree(start, temporary, ignore=shutil.ignore_patterns(part, "autoencoder.json"))
+        shutil.copytree(last, temporary / part)
         note = {"train_seconds": seconds, "steps": stage.steps}
         (temporary / "disback.json").write_text(json.dumps(note, indent=2) + "\n")
         replace_folder(temporary, out)

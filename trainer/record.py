@@ -1,26 +1,33 @@
 """`disback record`: stage 1, degradation recording (DisBack, algorithm 1)."""
 
+import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.order import Split
 from models.conditioning import Conditioning
 from models.flops import forward_flops
-from models.lora import check_targets
-from models.networks import denoising_loss, generate, predict
-from models.pipeline import check_pipeline
+from models.networks import denoising_loss, predict
+from models.pipeline import weight_files
+from models.student import Student
 from trainer.command import run_verb
-from trainer.distributed import barrier, mean_over_ranks
+from trainer.distributed import barrier, sum_over_ranks
+from trainer.errors import UserError
 from trainer.loop import train
-from trainer.path import MANIFEST, Node, choose_nodes, file_hash, generator_hash, write_manifest
+from trainer.passes import sample_passes, trained_pass
+from trainer.path import MANIFEST, Node, choose_nodes, generator_hash, write_manifest
 from trainer.run import Run
-from trainer.runstate import step_name
 from trainer.schedules import learning_rate
+from trainer.shelf import step_name
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
+from trainer.weights import ABOUT
+from trainer.writer import FolderWriter
 
 
 class Recording(TrainStage):
@@ -33,27 +40,36 @@ class Recording(TrainStage):
     def __init__(self, run: Run):
         settings = run.settings.record
         super().__init__("record", run, settings, images=False)
-        s, adapter = run.settings, None
-        teacher_folder = s.pipeline_folder / "unet"
-        if s.lora.rank:
-            check_targets(teacher_folder, s.lora)
-            adapter = "new"
-        self.sampler = run.sampler(s.pipeline_folder)
+        s = run.settings
+        self.check_lora(run.teacher_folder)
+        self.sampler = run.sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
-        self.timestep = s.conditioning_timestep
-        self.generator = self.role("generator", s.start_folder, settings.teacher_ds_config)
-        self.fake_score = self.role("fake_score", teacher_folder, settings.ds_config, settings.optimizer, adapter)
+        self.student = Student(self.schedule, s.student_timesteps)
+        self.generator = self.role("generator", run.start_folder, settings.teacher_ds_config)
+        adapter = "new" if s.lora.rank else None
+        self.fake_score = self.role(
+            "fake_score", run.teacher_folder, settings.ds_config, settings.optimizer, adapter=adapter
+        )
         tokens = self.sampler.text.tokens
         flops = forward_flops(self.fake_score.config, self.sampler.latent_shape, tokens)
-        self.flops = (1 + self.trained_passes) * flops * self.micro * settings.accumulation  # 1: sampling
-        self.hashes = self.hash(teacher_folder), generator_hash(self.hash(s.start_folder), self.timestep)
+        passes = sample_passes(len(s.student_timesteps)) + trained_pass(s.lora)
+        self.flops = passes * flops * self.micro * settings.accumulation
+        self.hashes = self.hash(run.teacher_folder), generator_hash(self.hash(run.start_folder), self.student.timesteps)
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
         self.candidates = s.path_folder / "candidates"
+        self.writer = FolderWriter(run.world)
         self.steps_kept: list[int] = []
         self.distances: list[float] = []
         self.predictions: list[Tensor] = []  # of the candidates, on this rank's probe samples
         self.origin: Tensor | None = None  # the teacher's
         self.distance = 0.0
+
+    @property
+    def mine(self) -> list[int]:
+        """This rank's numbers of probe samples. Every rank has as many, since a forward pass is common work under
+        ZeRO-3; numbers from `probe` on repeat the first ones and count for nothing."""
+        count = -(-self.settings.probe // self.world.size)
+        return list(range(self.world.rank * count, (self.world.rank + 1) * count))
 
     def begin(self, step: int) -> None:
         super().begin(step)
@@ -63,21 +79,20 @@ class Recording(TrainStage):
         if self.world.main:
             self.candidates.mkdir(parents=True, exist_ok=True)
 
-    def _generate(self, captions: list[str], z: Tensor) -> tuple[Tensor, Conditioning]:
-        cond = self.sampler.text.encode(captions, self.sampler.resolution)
-        with torch.no_grad():
-            return generate(self.generator, z, cond, self.schedule, self.timestep), cond
+    def _encode(self, captions: list[str]) -> Conditioning:
+        return self.sampler.text.encode(captions, self.sampler.resolution)
 
+    @torch.no_grad()
     def _make_probe(self) -> list[tuple[Tensor, Tensor, Conditioning]]:
-        """This rank's fixed (x_t, t, conditioning) of the probe, in micro-batches. The same set for every world size
-        that divides it."""
-        mine = -(-self.settings.probe // self.world.size)
-        first, parts = self.world.rank * mine, []
+        """This rank's fixed (x_t, t, conditioning) of the probe, in micro-batches: the same samples for every world
+        size."""
+        numbers, parts = [i % self.settings.probe for i in self.mine], []
         shape = self.sampler.latent_shape
-        for low in range(first, first + mine, self.micro):
-            index = list(range(low, min(low + self.micro, first + mine)))
+        for low in range(0, len(numbers), self.micro):
+            index = numbers[low : low + self.micro]
             captions = [self.dataset[i % len(self.dataset)]["caption"] for i in index]
-            x0, cond = self._generate(captions, self.noise.normal("probe z", 0, index, shape))
+            cond = self._encode(captions)
+            x0 = self.student.every_step(self.generator, cond, self.noise, "probe z", index, shape)
             t = self.schedule.timesteps(self.noise.uniform("probe t", 0, index), 0.02, 0.98)
             eps = self.noise.normal("probe eps", 0, index, shape)
             parts.append((self.schedule.add_noise(x0, eps, t), t, cond))
@@ -89,13 +104,17 @@ class Recording(TrainStage):
 
     def _between(self, one: Tensor, other: Tensor) -> float:
         """Mean squared distance of predictions over the whole probe."""
-        return float(mean_over_ranks((one - other).square().mean().double(), self.world))
+        count = sum(i < self.settings.probe for i in self.mine)
+        squares = (one[:count] - other[:count]).square().sum(dtype=torch.float64)
+        return float(sum_over_ranks(squares, self.world)) / (self.settings.probe * one[0].numel())
 
     def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         shape = self.sampler.latent_shape
         for batch in self.micro_batches(meters):
-            x0, cond = self._generate(batch.captions, self.noise.normal("z", step, batch.index, shape))
+            cond = self._encode(batch.captions)
+            with torch.no_grad():
+                x0 = self.student.training_sample(self.generator, cond, self.noise, step, batch.index, shape)
             t = self.schedule.timesteps(self.noise.uniform("t", step, batch.index))
             eps = self.noise.normal("eps", step, batch.index, shape)
             loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
@@ -124,7 +143,10 @@ class Recording(TrainStage):
             and self.distance - before <= self.distance / (2 * settings.nodes)
         ):
             return
-        self.save_weights(self.fake_score, self.candidates / step_name(step), torch.bfloat16)
+        state = self.fake_score.state_dict(dtype=torch.bfloat16)
+        if state is not None:
+            write = self.saver(self.fake_score)
+            self.writer.begin(write, state, self.candidates / step_name(step), {"step": step})
         self.steps_kept.append(step)
         self.distances.append(self.distance)
         self.predictions.append(prediction.cpu())
@@ -143,10 +165,11 @@ class Recording(TrainStage):
     def preview(self) -> Tensor | None:
         """What the fake score has become: samples of it, at teacher's settings."""
         settings = self.run.settings.sample
-        z = self.preview_noise(self.sampler.latent_shape)
+        z = self.preview_noise(self.sampler.latent_shape).draw()
         return self.grid(self.sampler.many_steps(self.fake_score, self.preview_captions(), z, settings.steps, 1.0))
 
     def state_dict(self) -> dict:
+        self.writer.join()  # a checkpoint names only candidates that are on the disk
         own = ("steps_kept", "distances", "predictions", "origin", "distance")
         return super().state_dict() | {name: getattr(self, name) for name in own}
 
@@ -155,15 +178,38 @@ class Recording(TrainStage):
         for name in ("steps_kept", "distances", "predictions", "distance"):
             setattr(self, name, state[name])
         self.origin = state["origin"].to(self.world.device)
+        if missing := [name for name in self.needs if not (self.candidates / name).is_dir()]:
+            raise UserError(
+                f"{self.candidates}: {', '.join(missing)} is missing, and recording cannot go on without: set `path` to "
+                "where it was recorded, or record again in another run folder"
+            )
 
-    def saved(self) -> None:
-        """Deletes the candidates that the checkpoint just written no longer needs; not earlier, since a resumed run
-        goes back to it."""
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        """Predictions on the probe are rows a sample: all ranks' rows in order, and of them this rank's."""
+        probe = self.settings.probe
+
+        def mine(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts)[:probe][[i % probe for i in self.mine]]
+
+        predictions = [mine(list(parts)) for parts in zip(*(s["predictions"] for s in states), strict=True)]
+        origin = mine([s["origin"] for s in states])
+        return super().regroup(states, saved) | {"predictions": predictions, "origin": origin}
+
+    @property
+    def needs(self) -> list[str]:
+        """The candidates' folders: the checkpoint only names them."""
+        return [step_name(step) for step in self.steps_kept]
+
+    def saved(self, needed: set[str]) -> None:
+        """Deletes the candidates that no checkpoint needs any more; not earlier, since a resumed run goes back to one."""
         if self.world.main:
-            kept = {step_name(step) for step in self.steps_kept}
             for folder in self.candidates.glob("step-*"):
-                if folder.name not in kept:
+                if folder.name not in needed:
                     shutil.rmtree(folder)
+
+    def close(self) -> None:
+        super().close()
+        self.writer.close()
 
     def finish(self) -> list[Node]:
         """Turns the chosen candidates into nodes and writes the manifest."""
@@ -171,29 +217,37 @@ class Recording(TrainStage):
         chosen = choose_nodes(self.distances, self.settings.nodes)
         if len(chosen) < self.settings.nodes:
             log.warning(f"record: only {len(chosen)} distinct nodes were found, {self.settings.nodes} were asked for")
-        teacher = self.run.settings.pipeline_folder / "unet"
+        teacher = self.run.teacher_folder
         nodes = [Node(0, 0, os.path.relpath(teacher, root), self.hashes[0], 0, 0.0, 0.0)]
         before = self.origin.cpu()
         for index, i in enumerate(chosen, 1):
             gap = self._between(self.predictions[i].to(self.world.device), before.to(self.world.device))
             before = self.predictions[i]
             if self.world.main:
-                target = root / f"node-{index:04d}"
-                shutil.rmtree(target, ignore_errors=True)
-                shutil.copytree(self.candidates / step_name(self.steps_kept[i]), target)
-                file = next(target.glob("*.safetensors"))
-                about = (str(file.relative_to(root)), file_hash(file), file.stat().st_size)
+                about = _move(self.candidates / step_name(self.steps_kept[i]), root / f"node-{index:04d}")
                 nodes.append(Node(index, self.steps_kept[i], *about, self.distances[i], gap))
         if self.world.main:
-            write_manifest(root, teacher, self.hashes, self.timestep, nodes, self.run.settings.lora)
+            write_manifest(root, teacher, self.hashes, self.student.timesteps, nodes, self.run.settings.lora)
             shutil.rmtree(self.candidates)
         barrier(self.world)
         return nodes
 
 
+def _move(candidate: Path, node: Path) -> tuple[str, str, int]:
+    """Renames a candidate to a node, unless an earlier, killed attempt did; returns its weights file (relative to the
+    path's folder), that file's sha256, and its size in bytes, as they were when it was written."""
+    if candidate.exists():
+        shutil.rmtree(node, ignore_errors=True)
+        os.replace(candidate, node)
+    about = json.loads((node / ABOUT).read_text()) if (node / ABOUT).exists() else {"step": -1}
+    if step_name(about["step"]) != candidate.name:
+        raise UserError(f"{candidate} is missing: remove {node.parent} and record again")
+    return f"{node.name}/{weight_files(node)[0].name}", about["sha256"], about["bytes"]
+
+
 def record(run: Run) -> None:
     """Records the degradation path and writes `path/`. Does nothing if that is there already."""
-    check_pipeline(run.settings.pipeline_folder)
+    run.require_pipeline()
     root = run.settings.path_folder
     if (root / MANIFEST).exists():
         print(f"{root / MANIFEST} is there: nothing to do (set another `path` or `run` to record again)")

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import yaml
 
 from data.patterns import expand
 from data.reader import ShardDataset
+from models.checks import check_fit, check_pipeline
+from models.families import family_of
 from models.noise import SampleNoise
 from models.sampler import Sampler
 from trainer.distributed import World, barrier
 from trainer.errors import UserError
+from trainer.hub import local_pipeline
 from trainer.settings import RunSettings
 from trainer.telemetry import start_log
 from trainer.version import VERSION
@@ -34,6 +38,38 @@ class Run:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
 
+    @cached_property
+    def pipeline_folder(self) -> Path:
+        """The teacher's pipeline: a folder, fetched from the hub if `pipeline` names a model there, and checked against
+        the settings. Every rank must ask for it first at the same time. Raises UserError and ModelError."""
+        name = self.settings.pipeline
+        folder = self.fetched(name, "pipeline") if name else self.folder / "pipeline"
+        return self.checked(folder, self.settings.student_timesteps)
+
+    def require_pipeline(self) -> None:
+        """For the start of a verb: fetches and checks the teacher's pipeline before anything is made of it."""
+        _ = self.pipeline_folder
+
+    @property
+    def teacher_folder(self) -> Path:
+        """The weights folder of the teacher's denoiser."""
+        return self.pipeline_folder / family_of(self.pipeline_folder).part
+
+    @property
+    def start_folder(self) -> Path:
+        """The weights folder that the generator starts from."""
+        return Path(self.settings.generator_start) if self.settings.generator_start else self.teacher_folder
+
+    def checked(self, folder: Path, timesteps: tuple[int, ...] = ()) -> Path:
+        """The pipeline folder, if it is whole and fits the settings and a student's timesteps. Raises ModelError."""
+        s = self.settings
+        check_fit(check_pipeline(folder, s.variant), s.data.resolution, timesteps, s.variant)
+        return folder
+
+    def fetched(self, pipeline: str, key: str) -> Path:
+        """The local folder of a pipeline that the setting `key` names. Every rank must call it."""
+        return local_pipeline(pipeline, self.settings.variant, key, self.world)
+
     def noise(self, stage: str) -> SampleNoise:
         """Per-sample noise; every stage draws from streams of its own name."""
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
@@ -45,7 +81,9 @@ class Run:
         return ShardDataset(paths, data.resolution, want, self.settings.seed, data.image_keys, data.caption_key)
 
     def sampler(self, pipeline: Path) -> Sampler:
-        return Sampler.load(pipeline, self.settings.data.resolution, self.dtype, self.world.device)
+        s = self.settings
+        where = self.dtype, self.world.device
+        return Sampler.load(pipeline, s.data.resolution, *where, s.variant, s.timestep_shift)
 
     def stage_folder(self, stage: str, training: bool = True) -> Path:
         """The stage's folder, made and checked to be writable; if the stage trains, the run's resolved configuration is

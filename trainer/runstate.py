@@ -5,154 +5,185 @@ A checkpoint is one folder, `checkpoints/step-00000500/`, that holds every train
 UNet or LoRA folder. It is written under a temporary name, renamed when every rank is done, and only then named by LATEST,
 which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own `latest` is not
 used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by its hash.
+
+The same number of processes and ZeRO stages load what they saved, to the bit. Others cut it anew: engines by
+trainer.reshard, the ranks' own state by the stage's `regroup`.
 """
 
-import json
-import os
-import random
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from trainer.distributed import World, barrier, from_main
+from data.order import Split
+from trainer.distributed import World, from_main
 from trainer.engines import Role
-from trainer.errors import UserError
+from trainer.errors import RankError, UserError
+from trainer.generators import global_generators, reseed_generators, restore_generators
+from trainer.regroup import merge_meters
+from trainer.reshard import reshard
+from trainer.shelf import WEIGHTS, Retention, Shelf
+from trainer.storage import FileWriter, Together, tensor_bytes, write_file
 from trainer.telemetry import log
-from trainer.weights import sync_file
-
-FORMAT = 1
-WEIGHTS = "weights"  # in a checkpoint: what an evaluation reads, a plain UNet or LoRA folder
 
 
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
+def _rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.pt"
 
 
-def global_generators(device: torch.device) -> dict:
-    """State of this rank's global random generators."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+def _read_rank(folder: Path, rank: int) -> dict:
+    """A rank's own state, mapped: only what is used is read. Nothing but tensors and plain containers."""
+    return torch.load(_rank_file(folder, rank), map_location="cpu", mmap=True, weights_only=True)
 
 
-def restore_generators(state: dict, device: torch.device) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@dataclass
 class Checkpoints:
-    """The checkpoints of one stage. `identity` is what a resumed run must have in common with the saved one."""
+    """The checkpoints of one stage. Every rank makes it, and calls `save` and `load` together."""
 
-    folder: Path
-    world: World
-    roles: dict[str, Role]
-    identity: dict
-    keep_last: int = 2
-    keep_weights_every: int = 0
-    root: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.root = self.folder / "checkpoints"
-        self.trained = {name: role for name, role in self.roles.items() if role.trained}
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        roles: dict[str, Role],
+        identity: dict,
+        split: Split,
+        retention: Retention,
+    ):
+        """identity: what a resumed run must have in common with the saved one. split: how the global batch is cut, which
+        may differ."""
+        self.world, self.identity, self.split = world, identity, split
+        self.shelf = Shelf(folder, retention)
+        self.trained = {name: role for name, role in roles.items() if role.trained}
+        self.together = Together(world)
+        for role in self.trained.values():
+            role.engine.checkpoint_engine = FileWriter(self.together)
+            # It copies two scripts into every checkpoint, with nothing to catch a full disk before the next barrier.
+            role.engine._copy_recovery_script = lambda folder: None
 
     def latest(self) -> Path | None:
         """The checkpoint that LATEST names, if any."""
-        file = self.folder / "LATEST"
-        return self.root / file.read_text().strip() if file.exists() else None
+        name = self.shelf.latest()
+        return self.shelf.root / name if name else None
 
-    def save(self, step: int, state: dict, write_weights: Callable[[Path], None] | None) -> Path:
-        """Writes the checkpoint of `step` finished steps. Every rank must call it."""
-        final, temporary = self.root / step_name(step), self.root / (step_name(step) + ".tmp")
+    def _zero(self) -> dict[str, dict]:
+        return {name: role.engine.config["zero_optimization"] for name, role in self.trained.items()}
+
+    def save(
+        self, step: int, state: dict, write_weights: Callable[[Path], None] | None, needs: Sequence[str] = ()
+    ) -> Path:
+        """Writes the checkpoint of `step` finished steps.
+
+        needs: files outside of it that going back to it needs (see Shelf.needed). Raises UserError on every rank if it
+        does not fit on the disk (before anything is written) or any rank cannot write its part: LATEST then still names
+        the last good one.
+        """
+        began = time.monotonic()
+        final = self.shelf.place(step)
+        temporary = final.with_name(final.name + ".tmp")
+        together, mine = self.together, state | {"generators": global_generators(self.world.device)}
         if self.world.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier(self.world)
+            with together.noting():
+                self.shelf.root.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                self.shelf.make_room(step, self._first_size(mine))
+                temporary.mkdir()
+        self._agreed(step, temporary)
         for role in self.trained.values():
-            role.save_engine(temporary / "engines")
-        mine = state | {"generators": global_generators(self.world.device)}
-        file = temporary / f"rank-{self.world.rank:05d}.pt"
-        torch.save(mine, file)
-        sync_file(file)
+            with together.noting():
+                role.save_engine(temporary / "engines")
+        with together.noting():
+            write_file(mine, _rank_file(temporary, self.world.rank))
         if write_weights:
-            write_weights(temporary / WEIGHTS)
-        barrier(self.world)
+            with together.noting():
+                write_weights(temporary / WEIGHTS)
+        self._agreed(step, temporary)
         if self.world.main:
-            about = {"format": FORMAT, "step": step, "world_size": self.world.size, "identity": self.identity}
-            (temporary / "state.json").write_text(json.dumps(about, indent=2) + "\n")
-            shutil.rmtree(final, ignore_errors=True)  # left by a run that died between the rename and LATEST
-            os.replace(temporary, final)
-            self._point(step)
-            self._prune(step)
-        barrier(self.world)
+            about = {"split": vars(self.split), "zero": self._zero(), "identity": self.identity, "needs": list(needs)}
+            with together.noting():
+                self.shelf.publish(step, temporary, about)
+        self._agreed(step, temporary, final)
+        if self.world.main:
+            log.info(f"saved {final}: {self.shelf.size(step) / 1e9:.3g} GB in {time.monotonic() - began:.1f} s")
         return final
 
-    def _point(self, step: int) -> None:
-        temporary = self.folder / "LATEST.tmp"
-        temporary.write_text(step_name(step) + "\n")
-        sync_file(temporary)
-        os.replace(temporary, self.folder / "LATEST")
+    def _first_size(self, mine: dict) -> int:
+        """About the bytes of a checkpoint, by the trained parameters: master weights and two moments in float32, the network and
+        the plain weights in its own precision."""
+        total = tensor_bytes(mine) * self.world.size
+        for role in self.trained.values():
+            for _, p in role.trained_parameters():
+                total += getattr(p, "ds_numel", p.numel()) * (12 + 2 * p.element_size())
+        return total
 
-    def _prune(self, latest: int) -> None:
-        """Keeps the last `keep_last` whole; of older ones keeps the plain weights of every `keep_weights_every`-th."""
-        steps = sorted(int(p.name[5:]) for p in self.root.glob("step-????????") if (p / "state.json").exists())
-        older = [s for s in steps if s <= latest][: -self.keep_last]
-        for step in older:
-            whole = self.root / step_name(step)
-            if self.keep_weights_every and step % self.keep_weights_every == 0:
-                (whole / "state.json").unlink()
-                for part in whole.iterdir():
-                    if part.name != WEIGHTS:
-                        shutil.rmtree(part) if part.is_dir() else part.unlink()
-            else:
-                shutil.rmtree(whole)
+    def _agreed(self, step: int, *unfinished: Path) -> None:
+        """Goes on if all ranks did their part; else removes what is unfinished and raises UserError on all of them."""
+        problem = self.together.agree()
+        if problem is None:
+            return
+        latest = None
+        if self.world.main:
+            with self.together.noting():  # the file system may be gone altogether
+                self.shelf.discard(*unfinished)
+                latest = self.shelf.latest()
+        latest = from_main(latest, self.world)
+        last = f"the last good one is {self.shelf.root / latest}" if latest else "there is no earlier one"
+        raise UserError(
+            f"the checkpoint of step {step} could not be saved: {problem}; {last}. Make room, or see to the file system; "
+            "then the same command goes on from there"
+        )
 
-    def load(self) -> tuple[int, dict] | None:
+    def load(self, regroup: Callable[[list[dict], Split], dict]) -> tuple[int, dict] | None:
         """Resumes from LATEST: loads the engines and returns (finished steps, this rank's state), or None if there is
-        nothing to resume from. Raises UserError if the checkpoint belongs to another run or is damaged."""
-        latest = self.folder / "LATEST"
-        name = from_main(latest.read_text().strip() if latest.exists() else None, self.world)
+        nothing to resume from.
+
+        regroup: makes the stage's state of this rank from those of all ranks that another split saved. Raises UserError
+        if the checkpoint belongs to another run or is damaged.
+        """
+        name = from_main(self.shelf.latest() if self.world.main else None, self.world)
         if name is None:
             return None
-        folder = self.root / name
+        folder = self.shelf.root / name
+        about, damage = from_main(self.shelf.examine(name) if self.world.main else None, self.world)
+        if damage:
+            raise UserError(damage)
+        self._check(about["identity"], folder)
+        began, saved = time.monotonic(), Split(**about["split"])
+        as_saved = saved == self.split and about["zero"] == self._zero()
         try:
-            about = json.loads((folder / "state.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{latest} names {folder}, which is damaged ({error}): write another step's name there"
-            ) from error
-        self._check(about, folder)
-        for key, role in self.trained.items():
-            try:
-                loaded = role.load_engine(folder / "engines")
-            except Exception as error:  # DeepSpeed raises whatever torch.load and its own asserts raise
-                raise UserError(
-                    f"checkpoint {folder}: {key} cannot be loaded: {type(error).__name__}: {error}"
-                ) from error
-            if not loaded:
-                raise UserError(f"checkpoint {folder}: {key} is missing: write another step's name into {latest}")
-        state = torch.load(folder / f"rank-{self.world.rank:05d}.pt", map_location="cpu", weights_only=False)
-        restore_generators(state["generators"], self.world.device)
-        log.info(f"resumed from {folder}: {', '.join(self.trained)} and the state of {self.world.size} processes")
+            for key, role in self.trained.items():
+                self._load_engine(role, folder / "engines" / key, saved.world, about["zero"][key])
+            if as_saved:
+                state = _read_rank(folder, self.world.rank)
+            else:
+                state = self._regrouped([_read_rank(folder, rank) for rank in range(saved.world)], saved, regroup)
+        except UserError:
+            raise
+        except Exception as error:  # DeepSpeed raises whatever torch.load and its own asserts raise
+            raise RankError(self.shelf.damaged(name, f"{type(error).__name__}: {error}")) from error
+        if self.world.rank < saved.world:
+            restore_generators(state["generators"], self.world.device)
+        else:
+            reseed_generators(self.identity["seed"], about["step"], self.world.rank)
+        anew = "" if as_saved else f", cut anew from {saved} to {self.split}"
+        seconds = time.monotonic() - began
+        log.info(f"resumed from {folder}: {', '.join(self.trained)} and the stage{anew}, in {seconds:.1f} s")
         return about["step"], state
 
-    def _check(self, about: dict, folder: Path) -> None:
-        if about["format"] != FORMAT:
-            raise UserError(f"checkpoint {folder} has format {about['format']}; this version reads {FORMAT}")
-        if about["world_size"] != self.world.size:
-            raise UserError(
-                f"checkpoint {folder} was written by {about['world_size']} processes, this run has {self.world.size}: "
-                "start as many"
-            )
-        saved = about["identity"]
+    def _regrouped(self, ranks: list[dict], saved: Split, regroup: Callable[[list[dict], Split], dict]) -> dict:
+        own = ranks[min(self.world.rank, saved.world - 1)]
+        stage = regroup([rank["stage"] for rank in ranks], saved)
+        return own | {"stage": stage, "meters": merge_meters([rank["meters"] for rank in ranks], saved, self.split)}
+
+    def _load_engine(self, role: Role, folder: Path, world: int, zero: dict) -> None:
+        same = world == self.world.size and zero == self._zero()[role.name]
+        if same or zero["stage"] == role.stage == 0:
+            if not role.load_engine(folder.parent):
+                raise OSError(f"{role.name} is missing")
+        else:
+            reshard(role, folder, zero["stage"])
+
+    def _check(self, saved: dict, folder: Path) -> None:
         wrong = [k for k in sorted(saved | self.identity) if saved.get(k) != self.identity.get(k)]
         if wrong:
             what = "; ".join(f"{k} was {saved.get(k)}, is now {self.identity.get(k)}" for k in wrong)

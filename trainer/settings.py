@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data.config import DataConfig
+from models.gan import GanSettings
 from models.lora import LoraSettings
 from models.miniature import MiniatureSettings
 from trainer.health import HealthSettings
@@ -29,6 +30,22 @@ class TrainSettings(Strict):
     loop: LoopSettings = LoopSettings()
 
 
+class NetworkSettings(Strict):
+    """How the networks of training stages compute; nothing here changes what they compute. attention: the kernel; "auto"
+    takes the first that runs on this device and the network's shapes, and the log says why each other one does not.
+    checkpointing: trained networks keep the inputs of their blocks only and compute the rest again in the backward pass:
+    about a third more time, several times less memory for activations. channels_last: memory format of convolutions, for
+    frozen roles at zero0 only (DeepSpeed keeps all other weights flat). compile: torch.compile of each repeated block, up
+    to ZeRO-2; the first steps then take minutes. tf32: what is float32 on an NVIDIA GPU (decoder, `precision: fp32`)
+    multiplies in TF32."""
+
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
+    checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    tf32: bool = True
+
+
 class AutoencoderSettings(TrainSettings):
     """Training of the miniature's autoencoder. kl: weight of the KL term a latent element; it keeps latents near unit
     scale and centred."""
@@ -41,8 +58,8 @@ class AutoencoderSettings(TrainSettings):
 
 
 class PretrainSettings(TrainSettings):
-    """Training of a teacher. start: a pipeline folder to go on from, or "miniature" to build one. caption_dropout: share
-    of captions replaced by the empty one (classifier-free guidance needs it)."""
+    """Training of a teacher. start: a pipeline folder or hub model to go on from, or "miniature" to build one.
+    caption_dropout: share of captions replaced by the empty one (classifier-free guidance needs it)."""
 
     steps: int = Field(1500, ge=1)
     batch: int = Field(64, ge=1)
@@ -74,7 +91,10 @@ class RecordSettings(TrainSettings):
 class BacktrackSettings(TrainSettings):
     """Stage 2. path: "walk" is the method, "warm" starts the fake score at the far node but keeps the teacher as the
     target, "none" is plain distillation. fake_updates: fake-score updates a generator update; a step is one fake-score
-    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones."""
+    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones.
+    student_timesteps: falling timesteps of a student of several steps, such as [999, 749, 499, 249]; empty: one step at
+    `conditioning_timestep`. generator_split: pieces that a micro-batch is cut into for the generator's turn, for memory;
+    the result is the same."""
 
     steps: int = Field(24_000, ge=1)
     batch: int = Field(128, ge=1)
@@ -83,6 +103,8 @@ class BacktrackSettings(TrainSettings):
     walk: WalkSettings = WalkSettings()
     fake_updates: int = Field(5, ge=1)
     reuse_x0: bool = False
+    student_timesteps: list[int] = []
+    generator_split: int = Field(1, ge=1)
     guidance_scale: float = 8.0
     timesteps: tuple[float, float] = (0.02, 0.98)
     generator: OptimizerSettings = OptimizerSettings(lr=5e-7)
@@ -91,6 +113,13 @@ class BacktrackSettings(TrainSettings):
     teacher_ds_config: str = "zero0"
     generator_ds_config: str = "zero1"
     fake_score_ds_config: str = "zero1"
+
+    @field_validator("student_timesteps")
+    @classmethod
+    def _falling(cls, value: list[int]) -> list[int]:
+        if any(t < 1 for t in value) or value != sorted(set(value), reverse=True):
+            raise ValueError(f"{value} must fall from step to step and stay above 0")
+        return value
 
 
 class SampleSettings(Strict):
@@ -111,7 +140,7 @@ class SampleSettings(Strict):
 
 
 class EvaluateSettings(Strict):
-    """what: "generator", "teacher", "start", a checkpoint such as "step-00000500", or a pipeline or UNet folder.
+    """what: "generator", "teacher", "start", a checkpoint such as "step-00000500", or a pipeline or denoiser folder.
     features: "digits" is the demo's classifier, trained once and kept in `classifier`."""
 
     what: str | list[str] = "generator"
@@ -126,8 +155,8 @@ class EvaluateSettings(Strict):
 
 class ExportSettings(Strict):
     """checkpoint: such as step-00000500 (default: the last). out: the folder to write (default: generator/ of the run).
-    merge: of a LoRA run, writes the sum of base and LoRA as the UNet; false keeps the base and puts the LoRA beside it,
-    in lora/, for `pipe.load_lora_weights`."""
+    merge: of a LoRA run, writes the sum of base and LoRA as the denoiser; false keeps the base and puts the LoRA beside
+    it, in lora/, for `pipe.load_lora_weights`."""
 
     checkpoint: str = ""
     merge: bool = True
@@ -141,22 +170,30 @@ class ReportSettings(Strict):
 
 
 class RunSettings(Strict):
-    """run: the run's folder. pipeline: the teacher, a diffusers pipeline folder (default: the run's own). path: the
-    recorded path (default: the run's own). generator_start: UNet folder that the generator starts from (default: the
-    teacher's)."""
+    """run: the run's folder. pipeline: the teacher, a diffusers pipeline folder or a model of the Hugging Face hub such as
+    stabilityai/stable-diffusion-xl-base-1.0, with @REVISION if need be (default: the run's own). variant: the pipeline's
+    weight files to use, such as fp16 for *.fp16.safetensors (default: the plain ones). path: the recorded path (default:
+    the run's own). generator_start: denoiser's folder that the generator starts from (default: the teacher's).
+    conditioning_timestep: the timestep that the one-step generator is told; 1000, pure noise, for flow models.
+    timestep_shift: s in u <- s u / (1 + (s - 1) u) for every u that a training timestep is drawn from; above 1 more of
+    the training is at high noise, which large images need (SD3's value at 1024 px is 3)."""
 
     run: str
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     pipeline: str = ""
+    variant: str = ""
     path: str = ""
     generator_start: str = ""
     conditioning_timestep: int = Field(399, ge=1)
-    lora: LoraSettings = LoraSettings()
+    timestep_shift: float = Field(1.0, gt=0)
+    network: NetworkSettings = NetworkSettings()
     data: DataConfig = DataConfig()
+    lora: LoraSettings = LoraSettings()
     pretrain: PretrainSettings = PretrainSettings()
     record: RecordSettings = RecordSettings()
     backtrack: BacktrackSettings = BacktrackSettings()
+    gan: GanSettings = GanSettings()
     sample: SampleSettings = SampleSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
@@ -168,13 +205,10 @@ class RunSettings(Strict):
         return Path(self.run)
 
     @property
-    def pipeline_folder(self) -> Path:
-        return Path(self.pipeline) if self.pipeline else self.folder / "pipeline"
+    def student_timesteps(self) -> tuple[int, ...]:
+        """Timesteps of the generator's steps: one for the one-step generator."""
+        return tuple(self.backtrack.student_timesteps) or (self.conditioning_timestep,)
 
     @property
     def path_folder(self) -> Path:
         return Path(self.path) if self.path else self.folder / "path"
-
-    @property
-    def start_folder(self) -> Path:
-        return Path(self.generator_start) if self.generator_start else self.pipeline_folder / "unet"

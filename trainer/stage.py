@@ -1,21 +1,31 @@
 """What the training stages share besides the loop: data, text states, noise, counts."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.batches import Batch, Batches
-from models.lora import attach
-from models.pipeline import load_unet, weights_hash
-from models.sampler import image_noise
+from data.order import Split
+from models.attention import attention_shapes, choose, install, prefer, report
+from models.ema import Ema
+from models.kernels import channels_last, compile_blocks, set_tf32
+from models.lora import attach, check_targets
+from models.networks import predict
+from models.pipeline import empty_network, weights_hash
+from models.sampler import ImageNoise, Sampler
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
+from trainer.errors import UserError
+from trainer.regroup import reslice
 from trainer.run import Run
 from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
@@ -26,9 +36,12 @@ PREVIEW = 32
 
 
 class TrainStage:
-    """The base of pretraining, recording and backtracking; see trainer.loop.Stage for the contract."""
+    """The base of pretraining, recording and backtracking; see trainer.loop.Stage for the contract. A stage has its
+    sampler before its first role."""
 
     flops = 0.0
+    sampler: Sampler
+    needs: Sequence[str] = ()
 
     def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
@@ -37,14 +50,20 @@ class TrainStage:
         self.dataset = run.dataset("train", ("image", "caption") if images else ("caption",))
         if self.dataset.rejected:
             log.warning(f"{name}: left out of the shards: {dict(self.dataset.rejected)}")
+        self.split = Split(run.world.size, self.micro, settings.accumulation)
         self.noise = run.noise(name)
         self.skipped = Counter()
         self.roles: dict[str, Role] = {}
         self.bases: dict[str, str] = {}  # of roles that are adapters: the sha256 of the network below
         self._hashes: dict[Path, str] = {}
-        # What may differ between a run and its resumption: how long it trains and what it shows.
-        private = settings.model_dump(mode="json", exclude={"loop", "steps"})
-        self.identity = {f"{name}.{k}": v for k, v in private.items()}
+        self.attention = ""  # the kernel that was chosen, by the first role
+        self.chosen = ExitStack()  # what holds for the whole process while the stage lives
+        set_tf32(run.settings.network.tf32)
+        # What may differ between a run and its resumption: how long it trains, what it shows, and how it is spread over
+        # processes.
+        private = settings.model_dump(mode="json", exclude={"loop", "steps", "accumulation", "generator_split"})
+        self.identity = {f"{name}.{k}": v for k, v in private.items() if not k.endswith("ds_config")}
+        self.identity |= {"timestep_shift": run.settings.timestep_shift}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
 
     def role(
@@ -53,46 +72,88 @@ class TrainStage:
         folder: Path,
         ds_config: str,
         optimizer: OptimizerSettings | None = None,
+        split: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
         adapter: Path | Literal["new"] | None = None,
     ) -> Role:
         """The network of a weights folder as a role under DeepSpeed: trained with an optimizer's settings, frozen
-        without. adapter: a LoRA folder to go on from, or "new", makes the role a LoRA adapter on that network."""
+        without.
+
+        split: pieces that a micro-batch is cut into for this role's training. wrap: what is made of the loaded network,
+        such as a Discriminator. adapter: a LoRA folder to go on from, or "new", makes the role a LoRA adapter on that
+        network.
+        """
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
-        precision = self.run.settings.precision
-        config = deepspeed_config(ds_config, self.micro, settings.accumulation, clip, precision, self.world)
-        # A frozen base needs no float32 copy; a network that is trained is loaded as exactly as it is stored.
-        network = load_unet(folder, self.run.dtype if adapter else torch.float32)
+        micro, accumulation = self.micro // split, settings.accumulation * split
+        config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world)
+        network = empty_network(folder)
+        wanted, stage = self.run.settings.network, config["zero_optimization"]["stage"]
+        if wanted.checkpointing and optimizer:
+            network.enable_gradient_checkpointing()
+        self._choose_kernels(network)
+        if wanted.compile:
+            if stage == 3:
+                raise UserError(
+                    f"network.compile=true does not go with ZeRO-3 ({name}: {ds_config}), which gathers weights inside "
+                    "the compiled blocks: use zero0, zero1 or zero2, or network.compile=false"
+                )
+            log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
+        variant = self.run.settings.variant
         if adapter:
-            attach(network, self.run.settings.lora, f"{self.run.settings.seed}/{self.name}/{name}")
-            if adapter != "new":
-                start_from(network, adapter, self.world)
-            self.bases[name] = self.hash(folder)
-            self.identity["lora"] = self.run.settings.lora.identity()
-            self.identity[f"{name}.base"] = self.bases[name]
-        self.roles[name] = role = Role(name, network, config, self.world, optimizer)
+            self._adapt(network, name, folder, adapter)
+        self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder, wrap, variant)
+        if wanted.channels_last:
+            if stage == 0 and not optimizer:
+                channels_last(role.module)
+            else:
+                log.warning(f"{name}: network.channels_last is left out: DeepSpeed keeps these weights flat")
         return role
 
-    @property
-    def trained_passes(self) -> int:
-        """Forward passes that a trained pass costs: itself, gradients on activations and, unless they are a LoRA's few,
-        on weights."""
-        return 2 if self.run.settings.lora.rank else 3
+    def _adapt(self, network: nn.Module, name: str, folder: Path, adapter: Path | Literal["new"]) -> None:
+        """Puts an adapter on a role's network, which will be filled from `folder`."""
+        settings = self.run.settings
+        attach(network, settings.lora, f"{settings.seed}/{self.name}/{name}", self.world.device, self.run.dtype)
+        if adapter != "new":
+            start_from(network, adapter, self.world)
+        self.bases[name] = self.hash(folder)
+        self.identity |= {"lora": settings.lora.identity(), f"{name}.base": self.bases[name]}
+
+    def check_lora(self, *folders: Path) -> None:
+        """Raises ModelError if adapters are wanted and a network has not the layers for them, before anything is loaded."""
+        settings = self.run.settings
+        for folder in set(folders) if settings.lora.rank else ():
+            check_targets(folder, settings.lora, settings.variant)
 
     def hash(self, folder: Path) -> str:
         """The sha256 of a weights folder, read once."""
         if folder not in self._hashes:
-            self._hashes[folder] = weights_hash(folder)
+            self._hashes[folder] = weights_hash(folder, self.run.settings.variant)
         return self._hashes[folder]
 
-    def save_weights(self, role: Role, folder: Path, dtype: torch.dtype) -> None:
-        """Writes a role's weights as a UNet folder, or as a LoRA folder if it is an adapter. Every rank calls it."""
-        state = role.state_dict()
-        if state is None:
-            return
+    def saver(self, role: Role) -> Callable[..., None]:
+        """What writes a role's state dict: as a denoiser's folder, or as a LoRA folder if it is an adapter; a function of
+        (state, folder=, dtype=, about=) for rank 0, see `save_folder`."""
         if role.adapter:
-            save_adapter(state, role.module, folder, dtype, self.bases[role.name])
-        else:
-            save_folder(state, role.config, folder, dtype)
+            return partial(save_adapter, net=role.module, base=self.bases[role.name])
+        return partial(save_folder, config=role.config)
+
+    def _choose_kernels(self, network: nn.Module) -> None:
+        """Chooses the attention kernel at the first network, by trying, and gives it to the network. Raises
+        ModelError."""
+        device, dtype = self.world.device, self.run.dtype
+        if not self.attention:
+            cond = self.sampler.text.encode([""], self.sampler.resolution).map(lambda v: v.to("meta"))
+            x = torch.empty(1, *self.sampler.latent_shape, device="meta")
+            t = torch.zeros(1, dtype=torch.long, device="meta")
+            shapes = attention_shapes(network, lambda twin: predict(twin, x, t, cond))
+            self.attention, others = choose(self.run.settings.network.attention, tuple(shapes), dtype, device)
+            self.chosen.enter_context(prefer(self.attention, device))
+            for line in report(self.attention, others, shapes, dtype):
+                log.info(line)
+        if not install(network, self.attention):
+            log.info(
+                f"attention: {type(network).__name__} keeps the processors of diffusers, which call the same kernel"
+            )
 
     def begin(self, step: int) -> None:
         """Opens the data at a step."""
@@ -117,8 +178,8 @@ class TrainStage:
             return [prompts[i % len(prompts)] for i in range(PREVIEW)]
         return [self.dataset[i % len(self.dataset)]["caption"] for i in range(PREVIEW)]
 
-    def preview_noise(self, shape: tuple[int, int, int]) -> Tensor:
-        return image_noise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
+    def preview_noise(self, shape: tuple[int, int, int]) -> ImageNoise:
+        return ImageNoise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
 
     def grid(self, images: Tensor) -> Tensor:
         """uint8 images [N, 3, H, W] to one grid [3, H', W'], small images enlarged without smoothing."""
@@ -132,7 +193,7 @@ class TrainStage:
         trained = {name: role for name, role in self.roles.items() if role.trained}
         values["skipped_updates"] = sum(role.skipped_updates() for role in trained.values())
         ratios = torch.stack([role.update_ratio() for role in trained.values()])
-        ratios = mean_over_ranks(ratios, self.world).tolist()
+        ratios = [None if math.isnan(r) else r for r in mean_over_ranks(ratios, self.world).tolist()]
         return values | {f"update_ratio/{name}": ratio for name, ratio in zip(trained, ratios, strict=True)}
 
     def preview(self) -> Tensor | None:
@@ -150,13 +211,34 @@ class TrainStage:
         for name, watched in state["watched"].items():
             self.roles[name].load_watch_state(watched)
 
-    def saved(self) -> None:
+    def regroup(self, states: list[dict], saved: Split) -> dict:
+        """See trainer.loop.Stage. What is counted on every rank is added up on rank 0: the metrics sum over ranks."""
+        skipped = Counter()
+        for state in states if self.world.main else ():
+            skipped.update(state["skipped"])
+        # The weights that an update ratio compares with may be another rank's now: the next line has none.
+        watched = {name: watch | {"probe": None} for name, watch in states[0]["watched"].items()}
+        return states[0] | {"skipped": dict(skipped), "watched": watched}
+
+    def average_state(self, ema: Ema, role: Role) -> dict:
+        """The average of a role's weights, and which elements of each weight this rank has."""
+        return ema.state_dict() | {"ranges": role.ranges()}
+
+    def regroup_average(self, states: list[dict], ema: Ema, role: Role) -> dict:
+        """This rank's average, from the `average_state`s of all ranks of a run that was cut otherwise."""
+        ranges = role.ranges()
+        flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], ranges)
+        shadow = [v.view(mine.shape) for v, mine in zip(flat, ema.shadow, strict=True)]
+        return states[0] | {"shadow": shadow, "ranges": ranges}
+
+    def saved(self, needed: set[str]) -> None:
         pass
 
     def close(self) -> None:
         if hasattr(self, "batches"):
             self.batches.close()
         self.dataset.close()
+        self.chosen.close()
 
 
 def enlarge(images: Tensor, factor: int) -> Tensor:

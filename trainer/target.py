@@ -2,15 +2,68 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from models.errors import ModelError
+from trainer.distributed import first_problem
 from trainer.engines import Role
+from trainer.errors import UserError
 from trainer.path import DegradationPath
 from trainer.telemetry import log
 from trainer.walk import WalkSettings, fixed_switches, moves_on, target
-from trainer.weights import read_folder
+from trainer.weights import Weights
+
+
+class ReadAhead:
+    """Reads this rank's part of weights folders in a background thread, into one host buffer in the live dtype (pinned
+    on a GPU): at most one folder is in memory, and a switch is left with a copy to the device."""
+
+    def __init__(self, weights: Weights, device: torch.device):
+        self.weights, self.pinned = weights, device.type == "cuda"
+        # A thread begins on the first GPU, and pinning there would open a context on it.
+        begin = (torch.cuda.set_device, (device,)) if self.pinned else (None, ())
+        self._thread = ThreadPoolExecutor(1, "node-reader", *begin)
+        self._buffers: list[Tensor] | None = None
+        self._copied: torch.cuda.Event | None = None  # behind the copies to the device of what was in the buffer before
+        self._ahead: tuple[Path | None, Future] | None = None
+
+    def _read(self, folder: Path | None) -> list[Tensor]:
+        if self._buffers is None:
+            self._buffers = self.weights.host_buffers(self.pinned)
+        if self._copied is not None:
+            self._copied.synchronize()
+        if folder is None:
+            return [buffer.zero_() for buffer in self._buffers]
+        return self.weights.read(folder, self._buffers)
+
+    def begin(self, folder: Path | None) -> None:
+        """Begins to read a folder; None is zeros, which an adapter is on the teacher itself. What was taken before must have been written (`written`)."""
+        self._ahead = folder, self._thread.submit(self._read, folder)
+
+    def take(self, folder: Path | None) -> list[Tensor]:
+        """The folder's part, read ahead or now; valid until the next `begin`. Raises ModelError."""
+        if self._ahead is None or self._ahead[0] != folder:
+            self.begin(folder)  # behind what is still being read, in the same thread
+        future, self._ahead = self._ahead[1], None
+        return future.result()
+
+    def written(self) -> None:
+        """Marks the present point of the device's work as the one after which the buffer may be filled again."""
+        if self.pinned:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def merge_walks(states: list[dict]) -> dict:
+    """`Target.state_dict`s of all ranks as one: they differ only in the running sum of a rank's own mismatches, of which
+    a decision takes the mean."""
+    return states[0] | {"sum": sum(state["sum"] for state in states) / len(states)}
 
 
 class Target:
@@ -29,33 +82,38 @@ class Target:
         self.first: float | None = None
         self.sum: Tensor | float = 0.0
         self.count = 0
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="node-reader")
-        self._ahead: tuple[int, Future] | None = None
+        self._reader = ReadAhead(teacher.weights, teacher.world.device)
 
     def wanted(self, update: int) -> int:
         """The node that is the target at a generator update."""
         return target(update, self.nodes, self.switches) if self.path else 0
 
     def move(self, update: int) -> bool:
-        """Makes the engine hold the node of this update; True if it changed."""
+        """Makes the engine hold the node of this update; True if it changed. Every rank must call it."""
         node = self.wanted(update)
         if node == self.node:
             return False
-        folder = self.path.folder(node)
-        ahead = self._ahead and self._ahead[0] == node
-        values = self._ahead[1].result() if ahead else self._read(node)
-        self.teacher.write(values)
-        self.node, self._ahead = node, None
-        log.info(f"generator update {update}: target is node {node} ({len(values)} tensors from {folder})")
+        values = problem = None
+        try:
+            values = self._reader.take(self._folder(node))
+        except ModelError as error:
+            problem = f"target node {node} cannot be loaded at generator update {update}: {error}"
+        # Every rank must write, or none may: where ranks put parameters together, one that gave up would be waited for.
+        if problem := first_problem(problem, self.teacher.world):
+            raise UserError(problem)
+        self.teacher.weights.write(values)
+        self._reader.written()
+        self.node = node
+        log.info(
+            f"generator update {update}: target is node {node} ({len(values)} tensors from {self.path.folder(node)})"
+        )
         if node > 0:
-            self._ahead = node - 1, self._reader.submit(self._read, node - 1)
+            self._reader.begin(self._folder(node - 1))
         return True
 
-    def _read(self, node: int) -> list[Tensor]:
-        """This rank's slices of a node. An adapter of zeros is the teacher itself: its node 0 is not read."""
-        if node == 0 and self.teacher.adapter:
-            return [torch.zeros_like(weights, device="cpu") for weights in self.teacher.local()]
-        return read_folder(self.teacher.slices, self.path.folder(node))
+    def _folder(self, node: int) -> Path | None:
+        """What to read for a node. An adapter of zeros is the teacher itself: its node 0 is not read."""
+        return None if node == 0 and self.teacher.adapter else self.path.folder(node)
 
     def observe(self, update: int, mismatch: Tensor, mean: Callable[[Tensor], float]) -> None:
         """Adaptive walk: takes the mismatch of this update and, once an interval, decides (this reads the device)."""
@@ -81,4 +139,4 @@ class Target:
         self.sum, self.count = state["sum"], state["count"]
 
     def close(self) -> None:
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()

@@ -1,0 +1,120 @@
+"""Both stages on an SDXL-shaped pipeline of about 300 M parameters, with two processes at ZeRO-3: memory and seconds.
+
+    python benchmarks/sdxl_shaped.py [--width 112] [--ranks 2] [--steps 2] [--precision bf16]
+
+The UNet has SDXL's topology (three levels; 0, 2 and 10 transformer layers; text_time conditioning), random weights and
+4 x 4 latents, so that memory is weights and states, not activations. Everything is in a temporary folder.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from memory import peak_bytes, reset_peak, resident_bytes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+
+def build(root: Path, width: int) -> int:
+    """Shards and a pipeline folder; returns the number of the UNet's parameters."""
+    from diffusers import UNet2DConditionModel
+
+    from data.digits import build_digits
+    from models.miniature import MiniatureSettings, build_miniature
+
+    settings = MiniatureSettings()
+    pipeline = build_miniature(settings)
+    pipeline.unet = UNet2DConditionModel(
+        sample_size=settings.resolution // 2,
+        block_out_channels=(width, 2 * width, 4 * width),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        norm_num_groups=16,
+        attention_head_dim=(2, 4, 8),
+        cross_attention_dim=sum(settings.text_widths),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=settings.pooled + 6 * 8,
+    )
+    pipeline.save_pretrained(root / "pipeline", safe_serialization=True)
+    build_digits(root / "shards")
+    return sum(p.numel() for p in pipeline.unet.parameters())
+
+
+def work(root: Path, steps: int, precision: str) -> None:
+    """One rank: loading alone, then both stages; prints a line each."""
+    from models.pipeline import empty_network
+    from trainer.backtrack import backtrack
+    from trainer.configfile import load_settings
+    from trainer.distributed import barrier, finish, start
+    from trainer.engines import Role, deepspeed_config
+    from trainer.quiet import no_progress_bars
+    from trainer.record import record
+    from trainer.run import Run
+
+    no_progress_bars()
+    world = start()
+    overrides = [
+        f"run={root / 'run'}", f"pipeline={root / 'pipeline'}", f"path={root / 'path'}", f"precision={precision}",
+        f"data.train={root / 'shards'}/train-*.tar", f"data.heldout={root / 'shards'}/heldout-*.tar",
+        f"record.steps={steps}", "record.nodes=2", "record.probe_every=1", "record.probe=4", "record.batch=4",
+        f"backtrack.steps={steps}", "backtrack.fake_updates=1", "backtrack.batch=4", "backtrack.walk.interval=1",
+        "network.checkpointing=true", "record.ds_config=zero3", "record.teacher_ds_config=teacher",
+        *(f"backtrack.{role}_ds_config=zero3" for role in ("generator", "fake_score")),
+        "backtrack.teacher_ds_config=teacher",
+        *(f"{stage}.loop={{log_every: 1, sample_every: 0, save_every: 1000, tensorboard: false}}" for stage in ("record", "backtrack")),
+    ]  # fmt: skip
+    run = Run(load_settings(REPOSITORY / "configs" / "tiny_sdxl.yaml", overrides), world)
+
+    def measured(what: str, call) -> object:
+        barrier(world)
+        before, began = resident_bytes(), time.monotonic()
+        reset_peak()
+        kept = call()
+        line = f"{what}: rank {world.rank}: peak {peak_bytes() / GIB:.2f} GiB ({(peak_bytes() - before) / GIB:+.2f}), {time.monotonic() - began:.1f} s"
+        print(line, flush=True)
+        return kept
+
+    folder = root / "pipeline" / "unet"
+    config = deepspeed_config("teacher", 1, 1, 0.0, precision, world)
+    role = measured("load a frozen role", lambda: Role("teacher", empty_network(folder), config, world, folder=folder))
+    del role
+    measured("record", lambda: record(run))
+    measured("backtrack", lambda: backtrack(run))
+    finish()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=112)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(Path(args.worker), args.steps, args.precision)
+        return 0
+    with tempfile.TemporaryDirectory() as root:
+        count = build(Path(root), args.width)
+        size = count * (2 if args.precision == "bf16" else 4) / GIB
+        print(
+            f"{count / 1e6:.0f} M parameters: {size:.2f} GiB in {args.precision}, {count * 4 / GIB:.2f} GiB on disk",
+            flush=True,
+        )
+        call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
+        call += [__file__, "--worker", root, "--steps", str(args.steps), "--precision", args.precision]
+        return subprocess.run(
+            call, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+# shellcheck shell=bash
+# What the job scripts share: from an allocation to ranks, and from how they ended to what happens next.
+# Settings (environment, all optional) are described in slurm/README.md.
+
+: "${CONFIG:=configs/sdxl.yaml}" "${LAUNCHER:=srun}" "${MAX_STALLED:=3}" "${SELF_CHAIN:=0}"
+: "${CONTAINER:=}" "${CONTAINER_FLAGS:=}" "${SRUN_FLAGS:=}" "${MODULES:=}"
+DISBACK_HOME=$(cd "$DISBACK_HOME" && pwd)
+MISTAKE=2 STOPPED=75
+JOB_STATES_TO_GO_ON='^(RUNNING|TIMEOUT|PREEMPTED|NODE_FAIL|COMPLETING)$' # not CANCELLED: the user wants it to end
+
+say() { echo "disback: $*" >&2; }
+
+# The end for good: what waits for this job is told, and the log's last line says why.
+give_up() { # code message
+    tell_dependents "$SLURM_JOB_ID" "job $SLURM_JOB_ID ($VERB) failed: $2"
+    say "job $SLURM_JOB_ID ($VERB): $2"
+    exit "$1"
+}
+
+job_field() { # job field
+    scontrol show job -o "$1" 2>/dev/null | grep -oP "(?<= $2=)\S+" || true
+}
+
+dependents() { # job -> the pending jobs that wait for it
+    squeue --noheader --user="$(id -un)" --states=PENDING --format='%i %E' 2>/dev/null |
+        awk -v job="$1" '{ n = split($2, parts, /[:,?(]/); for (i = 1; i <= n; i++) if (parts[i] == job) { print $1; break } }'
+}
+
+# A job that is cancelled for a failed dependency never runs and has no log of its own: the reason is put there for it.
+tell_dependents() { # job message
+    local child file
+    for child in $(dependents "$1"); do
+        file=$(job_field "$child" StdOut)
+        [ -n "$file" ] && echo "disback: job $child is cancelled: $2" >>"$file"
+        tell_dependents "$child" "$2"
+    done
+}
+
+# Node names resolve by DNS on most clusters, by nothing on some: then Slurm's own address of the node.
+address_of() { # node
+    if getent hosts "$1" >/dev/null; then echo "$1"; else
+        scontrol show node -o "$1" | grep -oP '(?<= NodeAddr=)\S+'
+    fi
+}
+
+in_use() { # port
+    (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
+# A port of the job's own, below the ephemeral ones: two jobs on one node must not meet.
+choose_port() {
+    local port try
+    if [ -n "${MASTER_PORT:-}" ]; then
+        in_use "$MASTER_PORT" && give_up $MISTAKE "MASTER_PORT=$MASTER_PORT is in use on node ${SLURMD_NODENAME:-$(hostname)}: choose another, or leave it unset"
+        port=$MASTER_PORT
+    else
+        for try in $(seq 0 19); do
+            port=$((12000 + (SLURM_JOB_ID + 997 * try) % 20000))
+            in_use "$port" || break
+        done
+    fi
+    echo "$port"
+}
+
+# One rank a GPU, whatever was asked for; without GPUs the tasks that were asked for.
+choose_tasks() {
+    local gpus=${SLURM_GPUS_ON_NODE:-0}
+    NODES=$SLURM_JOB_NUM_NODES
+    RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
+    RANKS_PER_NODE=${RANKS_PER_NODE%%(*}
+    ((gpus > 0)) && RANKS_PER_NODE=$gpus
+    RANKS_PER_NODE=${TASKS_PER_NODE:-$RANKS_PER_NODE}
+    CPUS=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))
+    ((CPUS > 0)) || CPUS=1
+}
+
+# A step of this job: every task runs slurm/task.sh on its node, in the container if there is one.
+step() { # tasks-per-node cpus-per-task nodes mode arguments...
+    local per_node=$1 cpus=$2 nodes=$3
+    local -a flags inside=()
+    shift 3
+    read -ra flags <<<"$SRUN_FLAGS"
+    if [ -n "$CONTAINER" ]; then
+        read -ra inside <<<"$CONTAINER_FLAGS"
+        case $CONTAINER in
+        *.sif) inside=(apptainer exec --nv --bind "$PWD" --bind "$DISBACK_HOME" "${inside[@]}" "$CONTAINER") ;;
+        *) flags+=("--container-image=$CONTAINER" "--container-mounts=$PWD,$DISBACK_HOME" "--container-workdir=$PWD" "${inside[@]}") inside=() ;;
+        esac
+    fi
+    exec srun --overlap --mpi=none --nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" \
+        --cpus-per-task="$cpus" --cpu-bind=cores --kill-on-bad-exit=1 "${flags[@]}" \
+        "${inside[@]}" bash "$DISBACK_HOME/slurm/task.sh" "$@"
+}
+
+# Sets RUN and PROGRESS: the run's folder and its last checkpoint.
+look() {
+    local word answer
+    local -a overrides=()
+    for word in "$@"; do [[ $word == [!-]*=* ]] && overrides+=("$word"); done
+    answer=$(step 1 1 1 status --progress "$VERB" --config "$CONFIG" "${overrides[@]}" 2>&1) ||
+        give_up $MISTAKE "$(grep -m1 -oP '(?<=disback: ).*' <<<"$answer" || tail -n 1 <<<"$answer")"
+    answer=$(grep -m1 $'\t' <<<"$answer") || give_up 1 "the run's folder cannot be told"
+    RUN=${answer%%$'\t'*} PROGRESS=${answer#*$'\t'}
+}
+
+# STALLED: how many starts in a row, this one included, have begun where the one before had begun.
+count_starts() {
+    local before
+    STALLED=0
+    if [ -f "$DISBACK_JOB_FOLDER/start" ]; then
+        read -r STALLED before <"$DISBACK_JOB_FOLDER/start"
+        [ "$before" = "$PROGRESS" ] && STALLED=$((STALLED + 1)) || STALLED=0
+    fi
+    echo "$STALLED $PROGRESS" >"$DISBACK_JOB_FOLDER/start"
+}
+
+# Nodes that failed the start-up check twice, as Slurm wants them.
+bad_nodes() {
+    sort "$DISBACK_JOB_FOLDER/bad-nodes" 2>/dev/null | uniq -c | awk '$1 >= 2 { print $2 }' | paste -sd,
+}
+
+# The same job once more: by requeueing, or as a new job where a cluster forbids that.
+again() { # reason
+    local state bad
+    state=$(job_field "$SLURM_JOB_ID" JobState)
+    [[ $state =~ $JOB_STATES_TO_GO_ON ]] || give_up $STOPPED "$1; not started again, since the job is ${state:-gone}"
+    look "${ARGUMENTS[@]}"
+    if [ "$PROGRESS" = "$STARTED_AT" ] && ((STALLED + 1 >= MAX_STALLED)); then
+        give_up 1 "given up after $MAX_STALLED starts without progress ($PROGRESS): $1"
+    fi
+    bad=$(bad_nodes)
+    [ -n "$bad" ] && say "job $SLURM_JOB_ID: leaving out $bad, which failed the check at the start twice"
+    say "job $SLURM_JOB_ID ($VERB): $1; starting again ($PROGRESS)"
+    trap '' USR1 TERM # requeueing ends this shell with SIGTERM: not before the nodes are left out
+    if [ "$SELF_CHAIN" = 1 ]; then
+        chain "$bad"
+    elif ! scontrol requeue "$SLURM_JOB_ID" 2>/dev/null; then
+        say "job $SLURM_JOB_ID: this cluster does not let jobs be requeued: submitting a new one"
+        chain "$bad"
+    elif [ -n "$bad" ]; then
+        for _ in $(seq 20); do
+            scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" 2>/dev/null && break
+            sleep 0.5
+        done
+    fi
+    exit $STOPPED
+}
+
+# Submits this job again, to begin when it has ended, and hangs what waits for it behind the new one. This one exits with a
+# code other than 0: a dependent that was overlooked is cancelled, not started too early.
+chain() { # nodes to leave out
+    local id=$SLURM_JOB_ID child new rule key option value log
+    local -a flags=(--parsable --dependency="afterany:$id" --open-mode=append)
+    log=$(job_field "$id" StdOut)
+    for key in Partition:partition Account:account QOS:qos TimeLimit:time Features:constraint Reservation:reservation \
+        JobName:job-name CPUs/Task:cpus-per-task WorkDir:chdir; do
+        option=${key#*:} value=$(job_field "$id" "${key%%:*}")
+        [ -n "$value" ] && [ "$value" != '(null)' ] && flags+=("--$option=$value")
+    done
+    flags+=(--nodes="$SLURM_JOB_NUM_NODES" --gpus-per-node="${SLURM_GPUS_ON_NODE:-0}" ${log:+--output="$log"})
+    [ -n "${SLURM_NTASKS_PER_NODE:-}" ] && flags+=(--ntasks-per-node="$SLURM_NTASKS_PER_NODE")
+    [ -n "${SLURM_MEM_PER_NODE:-}" ] && flags+=(--mem="$SLURM_MEM_PER_NODE")
+    [ -n "$1" ] && flags+=(--exclude="$1")
+    new=$(
+        for key in "${!SLURM_@}"; do [ "$key" = SLURM_CONF ] || unset "$key"; done # this job's; the new one gets its own
+        DISBACK_CHAIN=$CHAIN sbatch "${flags[@]}" "$DISBACK_HOME/slurm/$VERB.sh" "${ARGUMENTS[@]}"
+    ) || give_up 1 "cannot be submitted again (see above)"
+    new=${new%%;*}
+    say "job $id ($VERB): goes on as job $new"
+    for child in $(dependents "$id"); do
+        [ "$child" = "$new" ] && continue
+        rule=$(job_field "$child" Dependency | sed -E 's/\([a-z]+\)//g; s/(^|[:,?])'"$id"'($|[:,?])/\1'"$new"'\2/g')
+        scontrol update JobId="$child" Dependency="$rule" && say "job $child now waits for job $new"
+    done
+}
+
+# Slurm's signal before the time limit, or that of a preemption. It may come while the step is not there yet.
+stop_step() {
+    ASKED=1
+    [ -n "$STEP" ] && [ -z "$BEAT" ] || return 0
+    say "job $SLURM_JOB_ID ($VERB): asked to stop: saving"
+    # Again and again: a rank that is only starting does not listen yet.
+    while kill -s "$STOP_SIGNAL" "$STEP" 2>/dev/null; do sleep 10; done &
+    BEAT=$!
+}
+
+run_job() { # verb arguments...
+    local code=0 module port folder
+    ASKED=0 STEP='' BEAT=''
+    trap stop_step USR1 TERM
+    VERB=$1
+    shift
+    ARGUMENTS=("$@")
+    [ -n "${SLURM_JOB_ID:-}" ] || { say "submit this script with sbatch; without Slurm run: disback $VERB --config ..."; exit $MISTAKE; }
+    cd "${SLURM_SUBMIT_DIR:-.}" || give_up $MISTAKE "the folder that the job was submitted from is not there: $SLURM_SUBMIT_DIR"
+    [ -f "$CONFIG" ] || [ ! -f "$DISBACK_HOME/$CONFIG" ] || CONFIG=$DISBACK_HOME/$CONFIG
+    [ -f "$CONFIG" ] || give_up $MISTAKE "CONFIG=$CONFIG: there is no such file in $PWD or $DISBACK_HOME"
+    [[ $LAUNCHER =~ ^(srun|deepspeed|torchrun)$ ]] || give_up $MISTAKE "LAUNCHER=$LAUNCHER: use srun, deepspeed or torchrun"
+    for module in $MODULES; do
+        module load "$module" || give_up $MISTAKE "MODULES: module load $module failed"
+    done
+    choose_tasks
+    CHAIN=${DISBACK_CHAIN:-$SLURM_JOB_ID}
+    export PYTHONUNBUFFERED=1 DISBACK_HOME OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS < 8 ? CPUS : 8))}"
+    look "$@"
+    folder=$RUN/slurm/$CHAIN
+    [[ $folder == /* ]] || folder=$PWD/$folder
+    export DISBACK_JOB_FOLDER=$folder
+    mkdir -p "$folder" || give_up $MISTAKE "run folder $RUN: cannot be written: choose another with run=..."
+    rm -f "$folder/exit"
+    count_starts
+    STARTED_AT=$PROGRESS
+    ((STALLED < MAX_STALLED)) || give_up 1 "given up after $MAX_STALLED starts without progress ($PROGRESS)"
+
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export DISBACK_NODES="${nodes[*]}" DISBACK_PEERS RANKS_PER_NODE
+    DISBACK_PEERS=$(for node in "${nodes[@]:0:2}"; do address_of "$node"; done | paste -sd' ')
+    port=$(choose_port) || exit $?
+    say "job $SLURM_JOB_ID ($VERB): $NODES nodes x $RANKS_PER_NODE ranks x $CPUS CPUs by $LAUNCHER, ${MASTER_ADDR:-${DISBACK_PEERS%% *}}:$port, $CONFIG, $PROGRESS"
+
+    MASTER_ADDR=${MASTER_ADDR:-${DISBACK_PEERS%% *}} MASTER_PORT=$port launch "$VERB" --config "$CONFIG" "$@" &
+    STEP=$!
+    ((ASKED)) && stop_step
+    while :; do
+        wait "$STEP"
+        code=$?
+        # A signal ends `wait` as well as the step does.
+        if ((code <= 128)) || ! kill -0 "$STEP" 2>/dev/null; then break; fi
+    done
+    [ -n "$BEAT" ] && kill "$BEAT" 2>/dev/null
+    conclude "$code"
+}
+
+launch() {
+    if [ "$LAUNCHER" = srun ]; then
+        step "$RANKS_PER_NODE" "$CPUS" "$NODES" srun "$@"
+    else
+        step 1 "$SLURM_CPUS_ON_NODE" "$NODES" "$LAUNCHER" "$@"
+    fi
+}
+
+conclude() { # code of the step
+    local code=$1 message="the step ended with code $1"
+    if ((code == 0)); then
+        say "job $SLURM_JOB_ID ($VERB): done"
+        exit 0
+    fi
+    ((code > 128)) && message="a rank was killed by signal $((code - 128))"
+    # What the first rank to end said is the cause; the step's code may be that of ranks that were killed for it.
+    [ -s "$DISBACK_JOB_FOLDER/exit" ] && read -r code message <"$DISBACK_JOB_FOLDER/exit"
+    ((code == MISTAKE)) && give_up $MISTAKE "$message"
+    again "$message"
+}

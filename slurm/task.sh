@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# One task of a step, on its node and in its container: chooses Python, checks it, and becomes the rank or its launcher.
+# Usage: task.sh status|srun|deepspeed|torchrun ARGUMENTS...
+set -u
+trap '' USR1 # until the trainer listens for it; ignoring is inherited, dying of it would lose the step
+
+fail() {
+    if [ -n "${DISBACK_JOB_FOLDER:-}" ]; then
+        (set -o noclobber && echo "2 $1" >"$DISBACK_JOB_FOLDER/exit") 2>/dev/null # the first to end is heard
+    fi
+    [ "${SLURM_LOCALID:-0}" = 0 ] && echo "disback: $1" >&2
+    exit 2
+}
+
+node=${SLURMD_NODENAME:-$(hostname)}
+if [ -n "${DISBACK_SETUP:-}" ]; then
+    [ -r "$DISBACK_SETUP" ] || fail "node $node: DISBACK_SETUP=$DISBACK_SETUP cannot be read"
+    # shellcheck disable=SC1090
+    source "$DISBACK_SETUP" || fail "node $node: DISBACK_SETUP=$DISBACK_SETUP ended with code $?"
+fi
+venv=${VENV:-$DISBACK_HOME/.venv}
+if [ -n "${VENV:-}" ] && [ ! -x "$venv/bin/python" ]; then fail "node $node: VENV=$VENV has no bin/python"; fi
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x "$venv/bin/python" ]; then PYTHON=$venv/bin/python; else PYTHON=python3; fi
+fi
+command -v "$PYTHON" >/dev/null || fail "node $node: $PYTHON is not there: set VENV or PYTHON"
+export PYTHONPATH=$DISBACK_HOME${PYTHONPATH:+:$PYTHONPATH}
+
+lacks='import importlib.util as u; print(*[m for m in ("yaml", "torch", "deepspeed", "diffusers") if not u.find_spec(m)])'
+lacks=$("$PYTHON" -c "$lacks" 2>&1) || fail "node $node: $PYTHON does not start: ${lacks##*$'\n'}"
+[ -z "$lacks" ] || fail "node $node: $PYTHON lacks ${lacks// /, }: choose an environment with VENV, DISBACK_SETUP or CONTAINER"
+
+mode=$1
+shift
+if [ "$mode" = status ]; then exec "$PYTHON" -m trainer.status "$@"; fi
+module=trainer.$1
+shift
+case $mode in
+srun) exec "$PYTHON" -m "$module" "$@" ;;
+torchrun)
+    exec "$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$RANKS_PER_NODE" \
+        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --max-restarts 0 -m "$module" "$@"
+    ;;
+deepspeed)
+    # The launcher numbers GPUs itself: give it those that Slurm gave this task, where they are numbers.
+    ids=${CUDA_VISIBLE_DEVICES:-}
+    [[ $ids =~ ^[0-9]+(,[0-9]+)*$ ]] || ids=$(seq -s, 0 $((RANKS_PER_NODE - 1)))
+    world=
+    for other in $DISBACK_NODES; do world+=",\"$other\":[$ids]"; done
+    world=$(base64 -w0 <<<"{${world#,}}")
+    exec "$PYTHON" -m deepspeed.launcher.launch --quiet --world_info="$world" --node_rank="$SLURM_NODEID" --no_local_rank \
+        --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --module "$module" "$@"
+    ;;
+esac

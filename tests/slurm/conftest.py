@@ -1,0 +1,134 @@
+"""One cluster and one set of runs for all tests: a job's start costs ten seconds of these cores.
+
+`make test-slurm` runs them; they are not part of `make test`.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cluster as slurm
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = REPOSITORY / "slurm"
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
+SETTINGS = (
+    "record.loop.log_every=1 backtrack.loop.log_every=1 backtrack.loop.save_every=1 backtrack.loop.keep_weights_every=0"
+)
+
+
+def pytest_configure() -> None:
+    if packages := slurm.missing():
+        raise pytest.UsageError(f"a Slurm is needed here: apt-get install {' '.join(packages)} (make test-slurm does)")
+
+
+@dataclass
+class Site:
+    """A user's working folder on the cluster, with shards and a teacher; commands run in it."""
+
+    cluster: slurm.Cluster
+    folder: Path
+
+    def sbatch(self, script: str | Path, *arguments: str, **env: str) -> str:
+        """Submits a script of slurm/ on two nodes; returns the job's number. Arguments that begin with - are sbatch's."""
+        flags = [a for a in arguments if a.startswith("-")]
+        words = [a for a in arguments if not a.startswith("-")]
+        return self.call("sbatch", "--parsable", *TWO_NODES, *flags, str(SCRIPTS / script), *words, **env).strip()
+
+    def call(self, *command: str, check: bool = True, **env: str) -> str:
+        done = subprocess.run(
+            command,
+            env=self.env | env,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert not check or done.returncode == 0, f"{shlex.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout if check else f"{done.returncode} {done.stdout}{done.stderr}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        mine = {"CONFIG": "tiny.yaml", "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        return {k: v for k, v in self.cluster.env.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")} | mine
+
+    def log(self, job: str) -> str:
+        return Path(self.cluster.show(job)["StdOut"]).read_text()
+
+    def last_line(self, job: str) -> str:
+        return self.log(job).rstrip().splitlines()[-1]
+
+    def ends(self, job: str, state: str, seconds: float = 240) -> str:
+        """Waits for the job's end in this state; returns its log."""
+        found = self.cluster.wait(job, seconds=seconds)["JobState"]
+        assert found == state, f"job {job} is {found}, not {state}:\n{self.log(job)[-6000:]}"
+        return self.log(job)
+
+    def weights(self, run: str) -> bytes:
+        return (self.folder / "runs" / run / "generator/unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+    def wrapper(self, name: str, body: str) -> str:
+        """A PYTHON that does something else first (bash, with the real one in $REAL)."""
+        file = self.folder / name
+        file.write_text(f'#!/bin/bash\nREAL={sys.executable}\n{body}\nexec $REAL "$@"\n')
+        file.chmod(0o755)
+        return str(file)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The cluster, and a folder in which slurm/pretrain.sh, submitted by hand, has trained a teacher on two nodes."""
+    folder = tmp_path_factory.mktemp("site")
+    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    with slurm.Cluster() as cluster:
+        site = Site(cluster, folder)
+        (folder / "tiny.yaml").write_text(f"extends: {REPOSITORY}/configs/tiny_sdxl.yaml\n")
+        site.call(sys.executable, "-m", "trainer.cli", "shards", "--digits", PYTHONPATH=str(REPOSITORY))
+        log = site.ends(site.sbatch("pretrain.sh"), "COMPLETED")
+        assert "n0: rank 0: 1 x cpu" in log and "n1: rank 1: 1 x cpu" in log and "all-reduce" in log
+        yield site
+
+
+@pytest.fixture(scope="session")
+def reference(site) -> str:
+    """Record and backtrack in two processes without Slurm: `torchrun --nnodes 2`, two agents as on two hosts."""
+    for verb in ("record", "backtrack"):
+        places = ["run=runs/reference", "path=runs/reference/path", *SETTINGS.split()]
+        agents = []
+        for node in (0, 1):
+            call = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--node-rank",
+                str(node),
+            ]
+            call += [
+                "--master-addr",
+                "127.0.0.1",
+                "--master-port",
+                "11999",
+                "-m",
+                f"trainer.{verb}",
+                "--config",
+                "tiny.yaml",
+            ]
+            agents.append(
+                subprocess.Popen(
+                    [*call, *places], env=site.env | {"PYTHONPATH": str(REPOSITORY)}, cwd=site.folder, text=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+        for agent in agents:
+            output = agent.communicate(timeout=240)[0]
+            assert agent.returncode == 0, output[-4000:]
+    return "reference"

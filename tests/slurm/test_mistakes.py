@@ -1,0 +1,78 @@
+"""What users and nodes get wrong: the job fails at once and its log ends with one clear line."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, SCRIPTS
+
+PORT = 11987
+
+
+@pytest.fixture(scope="module")
+def jobs(site) -> dict[str, str]:
+    """All of them at once: each waits for nothing but the others' cores."""
+    # A Python that has YAML but no DeepSpeed, on one node of two.
+    base = f"{sys.base_prefix}/bin/python3.{sys.version_info.minor}"
+    bare = site.wrapper("bare", f'[ "$SLURMD_NODENAME" = n1 ] && exec {base} -I "$@"')
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", PORT))
+    taken.listen()
+
+    def record(name: str, *flags: str, **env: str) -> str:
+        return site.sbatch("record.sh", f"run=runs/{name}", f"path=runs/{name}/path", *flags, **env)
+
+    found = {
+        "config": record("a", CONFIG="none.yaml"),
+        "launcher": record("b", LAUNCHER="mpirun"),
+        "key": site.sbatch("backtrack.sh", "run=runs/c", "path"),
+        "path": site.sbatch("backtrack.sh", "run=runs/d", "path=runs/nowhere"),
+        "gpus": record("e", "--gpus-per-node=1"),
+        "port": record("f", MASTER_PORT=str(PORT)),
+        "deepspeed": record("g", PYTHON=bare, VENV=""),
+        "venv": record("h", VENV="none"),
+    }
+    for job in found.values():
+        site.ends(job, "FAILED")
+    taken.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("config", ["CONFIG=none.yaml", "no such file"]),
+        ("launcher", ["LAUNCHER=mpirun", "srun, deepspeed or torchrun"]),
+        ("key", ["'path' is not understood", "key.sub=value"]),
+        ("path", ["path runs/nowhere", "record it first"]),
+        ("gpus", ["every node", "asked for GPUs (1 a node)", "torch sees none", "--gpus-per-node=0"]),
+        ("port", [f"MASTER_PORT={PORT} is in use on node n"]),
+        ("deepspeed", ["node n1", "lacks", "deepspeed", "VENV"]),
+        ("venv", ["VENV=none has no bin/python"]),
+    ],
+)
+def test_the_last_line_says_it(site, jobs, what, words):
+    log, line = site.log(jobs[what]), site.last_line(jobs[what])
+    assert line.startswith(f"disback: job {jobs[what]} (") and all(word in line for word in words), log
+    assert "Traceback" not in log and "terminate called" not in log, log
+    about = site.cluster.show(jobs[what])
+    assert about["ExitCode"] == "2:0" and about["Restarts"] == "0"
+
+
+def test_pipeline_and_scripts_outside_of_slurm(site):
+    assert "2 disback: CONFIG=none.yaml" in site.call("bash", f"{SCRIPTS}/pipeline.sh", check=False, CONFIG="none.yaml")
+    plain = site.call("bash", f"{SCRIPTS}/record.sh", check=False, PATH="/usr/bin:/bin")
+    assert plain.startswith("2 disback: submit this script with sbatch"), plain
+
+
+def test_the_repository_is_found_from_its_own_folders(site):
+    """Submitted by relative paths from the repository and from slurm/ in it; only the mistake in CONFIG is reached."""
+    for folder, script in ((REPOSITORY, "slurm/record.sh"), (REPOSITORY / "slurm", "record.sh")):
+        log = site.folder / f"from-{folder.name}.log"
+        job = site.cluster.run(
+            "env", "-C", str(folder), "CONFIG=none.yaml", "sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1",
+            "--ntasks-per-node=1", f"--output={log}", script,
+        ).strip()  # fmt: skip
+        site.cluster.wait(job)
+        assert f"CONFIG=none.yaml: there is no such file in {folder} or {REPOSITORY}\n" in Path(log).read_text()

@@ -1,0 +1,46 @@
+"""The front door: three jobs in a row, each by its own script, and the other launchers, give what two processes give."""
+
+import json
+import re
+
+from conftest import SCRIPTS, SETTINGS, TWO_NODES
+
+
+def submit_pipeline(site, *arguments: str, **env: str) -> dict[str, str]:
+    """verb -> job."""
+    printed = site.call("bash", str(SCRIPTS / "pipeline.sh"), *TWO_NODES, *arguments, **env)
+    assert "squeue --jobs=" in printed and "disback status" in printed
+    return dict(re.findall(r"^(\w+): job (\d+), log /", printed, re.M))
+
+
+def test_record_backtrack_evaluate(site, reference):
+    jobs = submit_pipeline(site, "run=runs/line", "path=runs/line/path", *SETTINGS.split())
+    for verb in ("record", "backtrack", "evaluate"):
+        log = site.ends(jobs[verb], "COMPLETED")
+        assert log.rstrip().endswith(f"disback: job {jobs[verb]} ({verb}): done")
+    run = site.folder / "runs" / "line"
+    assert len(json.loads((run / "path" / "path.json").read_text())["nodes"]) == 4
+    assert "world_size: 2" in (run / "config.yaml").read_text()
+    scores = json.loads((run / "eval" / "generator" / "metrics.json").read_text())
+    assert scores["images"] == 64 and scores["fid"] > 0
+    assert site.weights("line") == site.weights(reference)
+
+
+def test_the_deepspeed_launcher(site, reference):
+    """One launcher a node, `deepspeed.launcher.launch --node_rank`, as `deepspeed --hostfile` starts them by ssh."""
+    flags = ["run=runs/deepspeed", f"path=runs/{reference}/path", *SETTINGS.split()]
+    job = site.sbatch("backtrack.sh", *flags, LAUNCHER="deepspeed")
+    assert "by deepspeed" in site.ends(job, "COMPLETED")
+    assert site.weights("deepspeed") == site.weights(reference)
+
+
+def test_a_recording_that_fails_cancels_the_rest(site):
+    jobs = submit_pipeline(site, "run=runs/broken", "path=runs/broken/path", "record.stepz=3")
+    site.ends(jobs["record"], "FAILED")
+    reason = "unknown key 'record.stepz': did you mean 'record.steps'?"
+    assert reason in site.last_line(jobs["record"])
+    for verb in ("backtrack", "evaluate"):
+        about = site.cluster.wait(jobs[verb])
+        assert about["JobState"] == "CANCELLED" and about["Reason"] == "DependencyNeverSatisfied"
+        assert site.log(jobs[verb]).count("\n") == 1
+        assert f"job {jobs['record']} (record) failed" in site.log(jobs[verb]) and reason in site.log(jobs[verb])

@@ -1,0 +1,166 @@
+"""Whatever ends a job in the middle, it comes back by itself and ends with the weights of a run that was never stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPOSITORY, SETTINGS
+
+
+class Training:
+    """A backtracking job that can be held still at a moment of its training."""
+
+    def __init__(self, site, name: str, job: str):
+        self.site, self.job = site, job
+        self.folder = site.folder / "runs" / name / "backtrack"
+
+    def lines(self) -> int:
+        file = self.folder / "metrics.jsonl"
+        return file.read_text().count("\n") if file.exists() else 0
+
+    def hold(self) -> dict[int, int]:
+        """Waits for a new metrics line, and stops rank 1 there (the others then wait for it); returns rank -> pid."""
+        self.site.cluster.wait(self.job, {"RUNNING"})
+        # A resumed run cuts its metrics at the checkpoint first: a new line is one behind what was there.
+        before, limit = self.lines(), time.monotonic() + 180
+        while self.lines() <= before:
+            assert time.monotonic() < limit, self.site.log(self.job)
+            time.sleep(0.02)
+        ranks = self.site.cluster.ranks(self.job)
+        os.kill(ranks[max(ranks)], signal.SIGSTOP)
+        return ranks
+
+    def until(self, words: str, seconds: float = 90) -> None:
+        limit = time.monotonic() + seconds
+        while words not in self.site.log(self.job):
+            assert time.monotonic() < limit, self.site.log(self.job)
+            time.sleep(0.1)
+
+
+def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
+    places = ["run=runs/hard", f"path=runs/{reference}/path", *SETTINGS.split()]
+    # The scripts ask for the signal two minutes before the end: with a limit of two it comes with Slurm's next look.
+    job = site.sbatch("backtrack.sh", "--time=2", *places)
+    training = Training(site, "hard", job)
+    ranks = training.hold()
+    training.until("asked to stop: saving")
+    os.kill(ranks[1], signal.SIGCONT)
+    training.until("starting again")
+    site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+    ranks = training.hold()
+    status = json.loads(
+        site.call(sys.executable, "-m", "trainer.cli", "status", "runs/hard", "--json", PYTHONPATH=str(REPOSITORY))
+    )
+    assert status["stage"] == "backtrack" and status["state"] == "running" and status["restarts"] == 1
+    assert 0 < status["step"] < status["steps"] == 8 and status["checkpoint"].startswith("step-0000000")
+    os.kill(ranks[1], signal.SIGKILL)
+    training.until("srun: error: n1: task 1: Killed")
+
+    ranks = training.hold()
+    site.cluster.run("scancel", "--signal=USR1", "--batch", job)  # what PreemptParameters=send_user_signal does
+    time.sleep(1)
+    os.kill(ranks[1], signal.SIGCONT)
+
+    log = site.ends(job, "COMPLETED")
+    assert site.cluster.show(job)["Restarts"] == "3" and log.count("resumed from") == 3
+    assert log.count("asked to stop: saving") == 2
+    assert site.weights("hard") == site.weights(reference)
+    assert "3 restarts" in site.call(
+        sys.executable, "-m", "trainer.cli", "status", "runs/hard", PYTHONPATH=str(REPOSITORY)
+    )
+
+
+def test_without_requeueing_the_job_submits_itself_again_and_dependents_follow(site, reference):
+    """With torchrun, which turns every exit code into 1: the cause travels by a file."""
+    places = ["run=runs/chained", f"path=runs/{reference}/path", *SETTINGS.split()]
+    job = site.sbatch("backtrack.sh", "--no-requeue", *places, SELF_CHAIN="1", LAUNCHER="torchrun")
+    last = site.call(
+        "sbatch", "--parsable", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--output=last.log",
+        "--wrap", "ls runs/chained/generator",
+    ).strip()  # fmt: skip
+    training = Training(site, "chained", job)
+    ranks = training.hold()
+    site.cluster.run("scancel", "--signal=USR1", "--batch", job)
+    training.until("asked to stop: saving")
+    os.kill(ranks[max(ranks)], signal.SIGCONT)
+    log = site.ends(job, "FAILED")
+    new = re.search(r"goes on as job (\d+)", log)[1]
+    assert f"job {last} now waits for job {new}" in log
+    assert "resumed from" in site.ends(new, "COMPLETED")
+    assert site.cluster.show(new)["StdOut"] == site.cluster.show(job)["StdOut"]  # one log for the chain
+    site.cluster.wait(last)
+    assert site.cluster.show(last)["JobState"] == "COMPLETED"
+    assert "model_index.json" in (site.folder / "last.log").read_text()
+    assert site.weights("chained") == site.weights(reference)
+
+
+def test_a_job_that_never_gets_on_gives_up(site):
+    """Also: a container and a set-up file, by a stand-in for apptainer that leaves out the container."""
+    kills = site.wrapper("kills", '[[ "$*" == *trainer.record* && $SITE_SETUP = yes ]] && kill -9 $$')
+    (site.folder / "apptainer").write_text(
+        '#!/bin/bash\necho "in $*" >>apptainer.log\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
+    )
+    (site.folder / "apptainer").chmod(0o755)
+    (site.folder / "setup.sh").write_text("export SITE_SETUP=yes\n")
+    job = site.sbatch(
+        "record.sh", "run=runs/stuck", "path=runs/stuck/path", PYTHON=kills, MAX_STALLED="2", CONTAINER="disback.sif",
+        CONTAINER_FLAGS="--cleanenv", DISBACK_SETUP="setup.sh", PATH=f"{site.folder}:{site.env['PATH']}",
+    )  # fmt: skip
+    log = site.ends(job, "FAILED")
+    assert "given up after 2 starts without progress (no checkpoint): a rank was killed by signal 9" in site.last_line(
+        job
+    )
+    assert site.cluster.show(job)["Restarts"] == "1" and log.count("starting again") == 1
+    started = (site.folder / "apptainer.log").read_text()
+    assert (
+        f"exec --nv --bind {site.folder} --bind {REPOSITORY} --cleanenv disback.sif bash {REPOSITORY}/slurm/task.sh"
+        in started
+    )
+
+
+def test_a_node_that_does_not_answer_is_named_and_left_out_after_the_second_time(site):
+    hangs = site.wrapper("hangs", '[[ "$*" == *trainer.record* && $SLURMD_NODENAME = n1 ]] && exec sleep 300')
+    job = site.sbatch("record.sh", "run=runs/deaf", "path=runs/deaf/path", PYTHON=hangs, DISBACK_START_SECONDS="3")
+    site.cluster.wait(job, {"RUNNING"})
+    limit = time.monotonic() + 200
+    while site.cluster.show(job)["ExcNodeList"] != "n1":  # it cannot start any more: there are only two nodes
+        site.cluster.wait(job, {"PENDING", "RUNNING"})
+        if site.log(job).count("starting again") < 2:
+            site.cluster.wait(job, {"RUNNING"})
+        assert time.monotonic() < limit, site.log(job)
+        time.sleep(0.2)
+    assert site.log(job).count("disback: rank 1 (node n1) did not answer within 3 s of the start") == 2
+    assert "leaving out n1, which failed the check at the start twice" in site.log(job)
+    site.cluster.run("scancel", job)
+
+
+def test_a_cancelled_job_stays_cancelled(site):
+    sleeps = site.wrapper("sleeps", '[[ "$*" == *trainer.record* ]] && exec sleep 300')
+    job = site.sbatch("record.sh", "run=runs/unwanted", "path=runs/unwanted/path", PYTHON=sleeps)
+    site.cluster.wait(job, {"RUNNING"})
+    Training(site, "unwanted", job).until("by srun")
+    site.cluster.run("scancel", job)
+    site.ends(job, "CANCELLED")
+    limit = time.monotonic() + 30
+    while "COMPLETING" in site.call("squeue", "--noheader", f"--jobs={job}", "--format=%T"):
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    assert site.cluster.show(job)["JobState"] == "CANCELLED" and site.cluster.show(job)["Restarts"] == "0"
+
+
+@pytest.mark.parametrize("script", ["pretrain", "record", "backtrack", "evaluate", "pipeline", "common", "task"])
+def test_shellcheck(script):
+    done = subprocess.run(
+        ["shellcheck", "-x", f"slurm/{script}.sh"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout
