@@ -39,6 +39,7 @@ RECORDING = (*EPS, "record.nodes=3", "record.clip=0.05", "record.accumulation=2"
 # LoRA in place of whole networks; alpha / rank is not 1, so that forgetting it shows.
 LORA = ("lora.rank=4", "lora.alpha=2", "record.optimizer.lr=2e-3")
 LORA += ("backtrack.generator.lr=1e-3", "backtrack.fake_score.lr=1e-3")
+LORA_GAN = (*PARITY, *LORA, "gan.enabled=true", "backtrack.steps=4")
 
 
 def lora(root: Path) -> tuple[str, ...]:

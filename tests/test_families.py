@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.errors import ModelError
 from models.families import FAMILIES, family_of
 from models.flops import forward_flops
 from models.miniature import MiniatureSettings, build_miniature
 from models.networks import generate, predict
 from models.pipeline import load_network
 from models.sampler import ImageNoise, Sampler
+from models.student import Student
 from trainer.backtrack import backtrack
+from trainer.plan import make_plan
 from trainer.pretrain import pretrain
 from trainer.record import record
 from trainer.run import Run
@@ -130,6 +134,65 @@ def test_flops_are_those_of_the_network(pipelines, kind):
     counted = forward_flops(dict(network.config), sampler.latent_shape, sampler.text.tokens)
     assert counted == counter.get_total_flops() > 1e5
     assert len(cond.states[0]) == sampler.text.tokens
+
+
+def test_gan_and_several_steps_without_pooled_text(shards, world, pipelines, tmp_path):
+    """Stable Diffusion 1 with a head, two steps and samples that are used again, stopped and resumed; the export steps as
+    the student does."""
+    settings = ["backtrack.path=none", "backtrack.reuse_x0=true", "backtrack.student_timesteps=[999,499]"]
+    settings += ["gan.enabled=true", f"pipeline={pipelines['sd15']}", "backtrack.fake_updates=2"]
+    for steps in (2, 4):
+        run = Run(support.tiny(shards, "sd-gan", *settings, f"backtrack.steps={steps}"), world)
+        backtrack(run)
+    folder, timesteps = run.folder / "generator", (999, 499)
+    line = next(m for m in support.metrics(run.folder / "backtrack") if "loss/gan_head" in m)
+    assert line["loss/gan_head"] > 0 and line["loss/gan_generator"] > 0
+    pipe = plain(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = pipe(
+            PROMPTS[:1],
+            num_inference_steps=2,
+            guidance_scale=0.0,
+            generator=torch.Generator("cpu").manual_seed(5),
+            output_type="latent",
+        ).images
+    sampler = run.sampler(pipelines["sd15"])
+    noise = ImageNoise(5, [0], sampler.latent_shape, CPU)
+    cond = sampler.text.encode(PROMPTS[:1], 8)
+    with torch.no_grad():
+        student = Student(sampler.schedule, timesteps)
+        ours = student.trajectory(load_network(folder / "unet").eval(), cond, lambda _: noise.draw(), 2)[-1]
+    assert theirs.std() > 0.1 and torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_head_on_a_transformer_is_refused(shards, world, pipelines):
+    pipeline = f"pipeline={pipelines['sd3']}"
+    settings = support.tiny(shards, "sd3-gan", "gan.enabled=true", pipeline, "conditioning_timestep=1000")
+    with pytest.raises(ModelError, match="SD3Transformer2DModel has no mid_block .* set gan.enabled=false"):
+        backtrack(Run(settings, world))
+    with pytest.raises(ModelError, match="SD3Transformer2DModel has no mid_block"):
+        make_plan(settings, 1, 1, 80.0, 0.4, "H100", 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_counts_every_family(shards, pipelines, kind):
+    folder = pipelines[kind]
+    pipe, part = plain(folder), family_of(folder).part
+    settings = support.tiny(shards, "planned", f"pipeline={folder}", "lora.rank=2")
+    plan = make_plan(settings, 1, 1, 80.0, 0.4, "H100", 0.0)
+    encoders = [p for name, p in pipe.components.items() if name.startswith("text_encoder") and p is not None]
+    assert plan["parameters"]["text_encoders"] == sum(e.num_parameters() for e in encoders)
+    network = getattr(pipe, part)
+    assert (
+        plan["parameters"]["generator"]["frozen"] == plan["parameters"]["teacher"]["frozen"] == network.num_parameters()
+    )
+    sampler = Sampler.load(folder, 8, torch.float32, CPU)
+    flops = forward_flops(
+        {**network.config, "_class_name": type(network).__name__}, sampler.latent_shape, sampler.text.tokens
+    )
+    assert plan["per_sample"]["forward_tflop"] == pytest.approx(flops / 1e12, rel=0.02)
+    assert plan["fits"]
 
 
 def test_pretraining_a_flow_model_with_shifted_latents(shards, world):

@@ -8,11 +8,12 @@ import peft
 import pytest
 import support
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from models.errors import ModelError
 from models.lora import LoraSettings, adapter_parameters, attach, check_targets, load_merged
+from models.miniature import MiniatureSettings, build_miniature
 from models.pipeline import empty_network, load_network
 from trainer.backtrack import Backtracking, backtrack
 from trainer.engines import Role, deepspeed_config, load_trained
@@ -156,14 +157,18 @@ def test_what_each_role_starts_from_and_trains(root, world, path, teacher, ablat
 
 
 def test_training_leaves_the_base_alone_and_resumes_exactly(root, world, path, teacher):
-    """Stopped twice is never stopped; checkpoints hold no base. (At ZeRO 3: the test of two ranks below.)"""
+    """Stopped twice is never stopped, also if it goes on at sharded ZeRO 3; checkpoints hold no base."""
     flags = [*support.lora(root), *support.zero("zero1"), "backtrack.fake_updates=2", "backtrack.reuse_x0=true"]
     whole = support.backtrack_weights(support.single(root, "lora-whole", world, *flags))
     run = support.single(root, "lora-parts", world, *flags)
     assert support.backtrack_weights(run, signal_at=(2,)) is None
     assert support.backtrack_weights(run, signal_at=(5,)) is None
+    shutil.copytree(run.folder, root / "lora-elastic")
     assert support.largest_difference(whole, support.backtrack_weights(run)) == 0.0
     assert support.metrics(root / "lora-whole" / "backtrack") == support.metrics(run.folder / "backtrack")
+    stage = support.sharded_zero3(root / "lora-elastic")
+    elastic = support.backtrack_weights(support.single(root, "lora-elastic", world, *flags, *support.zero(stage)))
+    assert support.largest_difference(whole, elastic) < 1e-6
     other = support.single(root, "lora-parts", world, *flags, "lora.alpha=3")
     with pytest.raises(UserError, match=r"lora.alpha was 2.0, is now 3.0"):  # of the path; a checkpoint says the same
         support.backtrack_weights(other)
@@ -275,10 +280,39 @@ def test_exports_equal_our_sampling(root, world, path):
     assert np.abs(piped(root / "unmerged") - start).max() <= 1.01 / 255  # without its LoRA it is the start
 
 
+def test_a_transformer(shards, world, tmp_path):
+    """Stable Diffusion 3 through both stages at sharded ZeRO 3; a node and the export load in diffusers."""
+    sizes = {"unet_channels": (16, 32), "vae_channels": (16, 16), "text_widths": (8, 8), "pooled": 16}
+    build_miniature(MiniatureSettings(family="sd3", **sizes)).save_pretrained(tmp_path / "sd3")
+    stage = support.sharded_zero3(tmp_path)
+    flags = ["record.steps=2", "record.nodes=2", "backtrack.steps=4", "conditioning_timestep=1000", *support.LORA]
+    flags += [*support.zero(stage), f"record.ds_config={stage}", f"pipeline={tmp_path / 'sd3'}"]
+    flags += [f"path={tmp_path / 'path'}", "backtrack.loop.sample_every=0"]
+    with pytest.raises(ModelError, match=r"named proj_in.*; it has for example to_q, to_k, to_v"):
+        Recording(Run(support.tiny(shards, "lora-sd3", *flags), world))
+    run = Run(support.tiny(shards, "lora-sd3", *flags, "lora.targets=[to_q, to_k, to_v, to_out.0]"), world)
+    record(run)
+    backtrack(run)
+    start = load_network(run.teacher_folder)
+    merged = load_merged(run.teacher_folder, tmp_path / "path" / "node-0002", torch.float32)
+    adapted = load_network(run.teacher_folder)
+    adapted.load_lora_adapter(tmp_path / "path" / "node-0002", prefix="transformer", use_safetensors=True)
+    x, t = torch.randn(1, *run.sampler(tmp_path / "sd3").latent_shape), torch.tensor([500])
+    text = {"encoder_hidden_states": torch.randn(1, 5, start.config.joint_attention_dim)}
+    text["pooled_projections"] = torch.randn(1, start.config.pooled_projection_dim)
+    with torch.no_grad():
+        plain, ours, theirs = (net(x, timestep=t, **text)[0] for net in (start, merged, adapted))
+    assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(ours, plain, atol=1e-4)
+    final = SD3Transformer2DModel.from_pretrained(run.folder / "generator" / "transformer").state_dict()
+    assert {k for k, v in start.state_dict().items() if not torch.equal(v, final[k])} == {
+        f"{n}.weight" for n, m in start.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    }
+
+
 @pytest.mark.slow
 def test_two_ranks_train_as_one(root, world, path):
     """With the GAN head beside the adapter; at ZeRO 3 also stopped and resumed, where a checkpoint holds neither base."""
-    flags = [*support.PARITY, *support.lora(root), "gan.enabled=true", *support.zero("zero0")]
+    flags = [*support.LORA_GAN, f"path={path}", *support.zero("zero0")]
     one = support.backtrack_weights(support.single(root, "lora-one", world, *flags))
     support.two_ranks("lora", root)
     assert max(float(v.abs().max()) for k, v in one.items() if ".lora_B." in k and k.startswith("generator.")) > 1e-3

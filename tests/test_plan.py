@@ -33,12 +33,16 @@ def sdxl():
     return cost(a.denoiser, a.latent_shape(1024), a.tokens, BF16, checkpointing=True)
 
 
+def described(unet) -> dict:
+    """The configuration as a weights folder has it."""
+    return {**unet.config, "_class_name": type(unet).__name__}
+
+
 @pytest.fixture(scope="module")
 def small():
     """A UNet of 4 M parameters, its inputs' sizes, and its cost in both precisions."""
     unet = build_miniature(MiniatureSettings(unet_channels=(64, 128))).unet
-    config = {**unet.config, "_class_name": "UNet2DConditionModel"}
-    return unet, {dtype: cost(config, (4, 8, 8), 16, dtype) for dtype in (BF16, FP32)}
+    return unet, {dtype: cost(described(unet), (4, 8, 8), 16, dtype) for dtype in (BF16, FP32)}
 
 
 def test_known_networks(sdxl):
@@ -127,7 +131,7 @@ def test_a_real_engine_holds_what_is_planned(small, world, tmp_path, stage, prec
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_activations_are_the_real_ones(small, checkpointing):
     for dtype in (BF16, FP32):
-        planned = cost(small[0].config, (4, 16, 16), 16, dtype, checkpointing)
+        planned = cost(described(small[0]), (4, 16, 16), 16, dtype, checkpointing)
         unet = UNet2DConditionModel.from_config(small[0].config).to(dtype).train()
         if checkpointing:
             unet.enable_gradient_checkpointing()

@@ -59,7 +59,7 @@ class Stage(Protocol):
         """A uint8 grid [3, H, W] of samples. Every rank calls it."""
 
     def weights_writer(self) -> Callable[[Path], None] | None:
-        """Writes the weights that an evaluation reads as a UNet folder. Every rank calls it."""
+        """Writes the weights that an evaluation reads as a weights folder. Every rank calls it."""
 
     def state_dict(self) -> dict: ...
 

@@ -2,9 +2,10 @@
 
 A checkpoint is one folder, `checkpoints/step-00000500/`, that holds every trained role's engine, each rank's own state
 (EMA slices, global generators, meters, the stage's state) and, for evaluation jobs, the current weights as a plain
-UNet or LoRA folder. It is written under a temporary name, renamed when every rank is done, and only then named by LATEST,
-which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own `latest` is not
-used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by its hash.
+folder of the denoiser, or a LoRA folder. It is written under a temporary name, renamed when every rank is done, and only
+then named by LATEST, which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own
+`latest` is not used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by
+its hash.
 
 The same number of processes and ZeRO stages load what they saved, to the bit. Others cut it anew: engines by
 trainer.reshard, the ranks' own state by the stage's `regroup`.
