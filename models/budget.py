@@ -9,13 +9,13 @@ from functools import lru_cache
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.families import network_family
+from models.lora import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def meta_network(config: dict, dtype: torch.dtype, rank: int = 0, targets: tuple
         network = network_family(config).network.from_config(config)
         if rank:
             network.requires_grad_(False)
-            network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+            network.add_adapter(LoraSettings(rank=rank, targets=list(targets)).peft())
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.to(dtype)
     return network.train()

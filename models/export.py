@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
@@ -9,7 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from models.diffusion import FLOW
 from models.errors import ModelError
 from models.families import family_of, read_json
-from models.pipeline import NOTE, replace_folder, variant_name, variant_of, weight_files
+from models.pipeline import LORA_FOLDER, NOTE, replace_folder, variant_name, variant_of, weight_files
 
 
 def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
@@ -89,13 +90,20 @@ def _copy_part(source: Path, out: Path, variant: str) -> None:
 
 
 def write_student_pipeline(
-    source: Path, network: Path, timesteps: tuple[int, ...], out: Path, note: dict, variant: str = ""
+    source: Path,
+    network: Path | Callable[[Path], None],
+    timesteps: tuple[int, ...],
+    out: Path,
+    note: dict,
+    variant: str = "",
+    lora: Path | None = None,
 ) -> str:
-    """Writes a pipeline folder with the denoiser of the folder `network`, all else from `source`, that steps at
-    `timesteps`. Returns the call that makes an image with it. Only the parts that model_index.json names are copied; a
-    part that is not there (the hub's safety checker is not fetched) is left out of the index.
+    """Writes a pipeline folder with the denoiser of the folder `network` (or what `network` writes into the folder that it
+    is given), all else from `source`, that steps at `timesteps`. Returns the call that makes an image with it. Only the
+    parts that model_index.json names are copied; a part that is not there (the hub's safety checker is not fetched) is
+    left out of the index.
 
-    `note` is kept as disback.json. Atomic: an existing pipeline at `out` is replaced as a whole. Raises ModelError.
+    `note` is kept as disback.json; a LoRA folder is copied as `lora/`. Atomic: an existing pipeline at `out` is replaced as a whole. Raises ModelError.
     """
     scheduler = student_scheduler(source, timesteps)
     temporary = out.with_name(out.name + ".tmp")
@@ -103,7 +111,9 @@ def write_student_pipeline(
     temporary.mkdir(parents=True)
     index, own = read_json(source / "model_index.json"), family_of(source).part
     for part in [name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None]:
-        if part == own:
+        if part == own and callable(network):
+            network(temporary / own)
+        elif part == own:
             _copy_part(network, temporary / own, variant)
         elif part == "scheduler":
             scheduler.save_pretrained(temporary / part)
@@ -112,6 +122,8 @@ def write_student_pipeline(
             _copy_part(source / part, temporary / part, variant)
         else:
             index[part] = [None, None]
+    if lora:
+        shutil.copytree(lora, temporary / LORA_FOLDER)
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     call = student_call(scheduler, timesteps)
     about = {"conditioning_timestep": timesteps[0], "timesteps": list(timesteps), "call": call, **note}

@@ -16,6 +16,8 @@ from models.errors import ModelError
 from models.families import family_of, network_family, read_json
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+LORA_FOLDER = "lora"  # in an exported pipeline: a LoRA folder that is not merged
 NOTE = "disback.json"  # what an exported pipeline says of itself
 
 
@@ -27,7 +29,7 @@ def variant_name(name: str, variant: str) -> str:
 
 
 def weight_files(folder: Path, variant: str = "", stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """The safetensors files of a weights folder: one, or those that its index names.
+    """The safetensors files of a weights or LoRA folder: one, or those that its index names.
 
     variant: files of this variant are taken if the folder has them, else the plain ones (nodes and checkpoints have no
     variants). stem: "model" for a text encoder. Raises ModelError.
@@ -44,6 +46,8 @@ def weight_files(folder: Path, variant: str = "", stem: str = "diffusion_pytorch
                 if not file.is_file():
                     raise ModelError(f"{folder}: {file.name} is missing, though {index.name} names it")
             return files
+    if (folder / LORA_FILE).is_file():
+        return [folder / LORA_FILE]
     if any(folder.glob("*.bin")):
         raise ModelError(
             f"{folder}: its weights are pickle files (*.bin), which run code when they are read; convert the pipeline once: "

@@ -79,12 +79,12 @@ class TensorFile:
         os.close(self._handle)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
+def write_tensors(file: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> tuple[str, int]:
     """Writes host tensors as a safetensors file, and waits until they are on the disk.
 
-    Returns the file's sha256 (hexadecimal) and its size in bytes.
+    note: more for its metadata. Returns the file's sha256 (hexadecimal) and its size in bytes.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset = {"__metadata__": {"format": "pt", **(note or {})}}, 0
     for key, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
         header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}

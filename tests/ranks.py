@@ -77,6 +77,16 @@ def recording(root, world):
     record(Run(support.tiny(root, "recording-two", *support.RECORDING, *flags), world))
 
 
+def lora(root, world):
+    """LoRA with two ranks and the GAN term: stage 2 at ZeRO 1, and at ZeRO 3 where it is stopped and resumed."""
+    for name, signal_at in (("zero1", ()), (support.sharded_zero3(root / "lora"), (2,))):
+        label, flags = Path(name).stem, (*support.LORA_GAN, f"path={root / 'lora-base' / 'path'}", *support.zero(name))
+        run = support.single(root, f"lora-two-{label}", world, *flags)
+        for at in signal_at:
+            assert support.backtrack_weights(run, signal_at=(at,), signal_rank=1) is None
+        support.save(support.backtrack_weights(run), root / "lora" / f"{label}.pt", world)
+
+
 def four(root, world):
     """Four ranks as two nodes of two: backtracking at ZeRO 1, and at ZeRO 3 with a teacher sharded within each node."""
     world = dataclasses.replace(world, local_rank=world.rank % 2)

@@ -36,6 +36,15 @@ EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.
 # Everything that could go wrong over ranks: two fake updates a turn, accumulation, clipping that bites, guidance.
 PARITY = (*EPS, "backtrack.accumulation=2", "backtrack.fake_updates=2", "backtrack.clip=0.05", "backtrack.steps=8")
 RECORDING = (*EPS, "record.nodes=3", "record.clip=0.05", "record.accumulation=2")
+# LoRA in place of whole networks; alpha / rank is not 1, so that forgetting it shows.
+LORA = ("lora.rank=4", "lora.alpha=2", "record.optimizer.lr=2e-3")
+LORA += ("backtrack.generator.lr=1e-3", "backtrack.fake_score.lr=1e-3")
+LORA_GAN = (*PARITY, *LORA, "gan.enabled=true", "backtrack.steps=4")
+
+
+def lora(root: Path) -> tuple[str, ...]:
+    """Overrides of a LoRA run on the LoRA path beside the shared pipeline of `root`."""
+    return (*LORA, f"path={root / 'lora-base' / 'path'}")
 
 
 def places(root: Path, name: str) -> list[str]:

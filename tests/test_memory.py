@@ -3,6 +3,7 @@ activations, states in host memory, networks sharded within a node."""
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import support
@@ -85,8 +86,9 @@ def test_a_node_that_breaks_during_training(root, world, tmp_path):
 def test_a_node_that_cannot_be_written(root, world, tmp_path):
     writer = FolderWriter(world)
     (tmp_path / "file").write_text("in the way")
-    writer.begin({"a": torch.zeros(2)}, {}, tmp_path / "good", {"step": 1})
-    writer.begin({"a": torch.zeros(2)}, {}, tmp_path / "file" / "bad", {"step": 2})
+    write, state = partial(save_folder, config={}), {"a": torch.zeros(2)}
+    writer.begin(write, state, tmp_path / "good", {"step": 1})
+    writer.begin(write, state, tmp_path / "file" / "bad", {"step": 2})
     with pytest.raises(UserError, match="weights could not be written"):
         writer.join()
     assert json.loads((tmp_path / "good" / "node.json").read_text())["step"] == 1

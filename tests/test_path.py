@@ -21,7 +21,7 @@ from trainer.run import Run
 def opened(root, world, path=None, **changes):
     run = Run(support.tiny(root, "x", *[f"{k}={v}" for k, v in changes.items()]), world)
     folders = path or run.settings.path_folder, run.teacher_folder, run.start_folder
-    return open_path(*folders, run.settings.student_timesteps, world)
+    return open_path(*folders, run.settings.student_timesteps, world, run.settings.lora)
 
 
 @pytest.fixture

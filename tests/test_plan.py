@@ -175,7 +175,10 @@ def test_lora_trains_and_stores_less(sdxl):
     full, lora = (
         make_plan(load_settings(CONFIGS / f"{n}.yaml", []), 1, 8, 80.0, 0.35, "H100", 0) for n in ("sdxl", "sdxl_lora")
     )
-    assert full["path"]["node_gb"] == pytest.approx(5.13, abs=0.01) and lora["path"]["node_gb"] < 0.3
+    assert full["path"]["node_gb"] == pytest.approx(5.13, abs=0.01)
+    assert lora["path"]["node_gb"] == pytest.approx(
+        0.39, abs=0.01
+    )  # rank 64 on attention, feed-forward and convolutions
     assert lora["parameters"]["generator"]["frozen"] == 2_567_463_684
 
 

@@ -20,16 +20,17 @@ from models.ema import Ema
 from models.export import write_student_pipeline
 from models.flops import forward_flops, judging_flops
 from models.gan import Discriminator, feature_module
+from models.lora import is_adapter, load_merged
 from models.networks import denoising_loss, predict, predict_guided
 from models.objectives import OBJECTIVES, Scores
-from models.pipeline import empty_network, weights_hash
+from models.pipeline import empty_network
 from models.student import Student
 from trainer.adversary import Adversary
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
 from trainer.errors import UserError
 from trainer.loop import train
-from trainer.passes import step_flops
+from trainer.passes import step_flops, trained_pass
 from trainer.path import open_path
 from trainer.regroup import redeal
 from trainer.run import Run
@@ -38,7 +39,6 @@ from trainer.shelf import WEIGHTS
 from trainer.stage import TrainStage
 from trainer.target import Target, merge_walks
 from trainer.telemetry import Meters, log
-from trainer.weights import save_folder
 
 
 class Backtracking(TrainStage):
@@ -59,34 +59,48 @@ class Backtracking(TrainStage):
             )
         if s.gan.enabled:
             feature_module(empty_network(run.teacher_folder))  # a network that the head cannot read is refused at once
+        self.check_lora(run.teacher_folder, run.start_folder)
         path = None
         if settings.path != "none":
             folders = s.path_folder, run.teacher_folder, run.start_folder
-            path = open_path(*folders, s.student_timesteps, run.world, s.variant)
+            path = open_path(*folders, s.student_timesteps, run.world, s.lora, s.variant)
         self.sampler = run.sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.student = Student(self.schedule, s.student_timesteps)
         self.objective = OBJECTIVES[settings.objective]
         far = path.folder(len(path.nodes) - 1) if path else run.teacher_folder
         log.info(f"fake score starts from {far}")
-        self.teacher = self.role("teacher", run.teacher_folder, settings.teacher_ds_config)
-        self.generator = self.role(
-            "generator", run.start_folder, settings.generator_ds_config, settings.generator, settings.generator_split
+        # With LoRA every role is an adapter on the weights that it would have had, and a node is an adapter on the
+        # teacher's; a target that never moves needs none.
+        new = "new" if s.lora.rank else None
+        walks = settings.path == "walk"
+        self.teacher = self.role(
+            "teacher", run.teacher_folder, settings.teacher_ds_config, adapter=new if walks else None
         )
+        self.generator = self.role(
+            "generator",
+            run.start_folder,
+            settings.generator_ds_config,
+            settings.generator,
+            settings.generator_split,
+            adapter=new,
+        )
+        below, adapter = (run.teacher_folder, far if path else new) if new else (far, None)
         self.fake_score = self.role(
             "fake_score",
-            far,
+            below,
             settings.fake_score_ds_config,
             settings.fake_score,
             wrap=self._with_head if s.gan.enabled else None,
+            adapter=adapter,
         )
         self.gan = Adversary(s.gan, self.fake_score, self.sampler, self.noise) if s.gan.enabled else None
-        self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
+        self.target = Target(self.teacher, path if walks else None, settings.walk)
         self.ema = Ema(self.generator.local(), settings.ema)
         self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
         self.norms: dict[str, float] = {}
         self.flops = self._flops()
-        self.identity["teacher"] = weights_hash(run.teacher_folder, s.variant)
+        self.identity["teacher"] = self.hash(run.teacher_folder)
         if path:
             self.identity["far_node"] = path.nodes[-1].sha256
         self.identity["timesteps"] = list(self.student.timesteps)
@@ -99,7 +113,8 @@ class Backtracking(TrainStage):
         """FLOP of an average step and rank."""
         about = self.generator.config, self.sampler.latent_shape, self.sampler.text.tokens
         judging = judging_flops(*about) if self.gan else ()
-        sample = step_flops(self.settings, self.run.settings.gan, forward_flops(*about), *judging)
+        s = self.run.settings
+        sample = step_flops(self.settings, s.gan, trained_pass(s.lora), forward_flops(*about), *judging)
         return sample * self.micro * self.settings.accumulation
 
     def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
@@ -218,7 +233,7 @@ class Backtracking(TrainStage):
         def write(folder: Path) -> None:
             state = self.generator.state_dict(self.ema, self.run.dtype)
             if state is not None:
-                save_folder(state, self.generator.config, folder, self.run.dtype)
+                self.saver(self.generator)(state, folder=folder)
 
         return write
 
@@ -266,11 +281,19 @@ def _spread(x0: Tensor) -> Tensor:
     return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()
 
 
-def export_generator(run: Run, weights: Path, out: Path, note: dict) -> str:
-    """Writes a pipeline of a generator's weights folder; returns the call that makes an image with it."""
-    s = run.settings
+def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool = True) -> str:
+    """Writes a pipeline of a generator's weights folder, or of its LoRA folder: merged into the network that it started
+    from, or beside it as `lora/`. Returns the call that makes an image with it."""
+    s, network, lora = run.settings, weights, None
+    if is_adapter(weights) and merge:
+
+        def network(folder: Path) -> None:
+            load_merged(run.start_folder, weights, run.dtype, s.variant).save_pretrained(folder)
+
+    elif is_adapter(weights):
+        network, lora = run.start_folder, weights
     note = note | {"resolution": s.data.resolution}
-    return write_student_pipeline(run.pipeline_folder, weights, s.student_timesteps, out, note, s.variant)
+    return write_student_pipeline(run.pipeline_folder, network, s.student_timesteps, out, note, s.variant, lora)
 
 
 def backtrack(run: Run) -> None:

@@ -70,7 +70,7 @@ def run_verb(
     """Parses `--config FILE [key=value ...]`, joins the process group, runs the verb; returns the exit code.
 
     flags: a verb's own flags, each short for a setting: {"--out": ("export.out", "DIR")} takes a value,
-    {"--watch": ("evaluate.watch", "")} stands for `evaluate.watch=true`.
+    {"--watch": ("evaluate.watch", "")} stands for `evaluate.watch=true`; the key may say another value, "a.b=false".
     """
     parser = Parser(prog=f"disback {verb}", description=about)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
@@ -81,13 +81,16 @@ def run_verb(
         if value:
             parser.add_argument(flag, metavar=value, dest=key, help=f"short for {key}={value}")
         else:
-            parser.add_argument(flag, action="store_const", const="true", dest=key, help=f"short for {key}=true")
+            key, _, const = key.partition("=")
+            const = const or "true"
+            parser.add_argument(flag, action="store_const", const=const, dest=key, help=f"short for {key}={const}")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     argv = sys.argv[1:] if argv is None else argv
 
     def go() -> None:
         args = parser.parse_intermixed_args(argv)
-        given = [f"{key}={value}" for key, _ in (flags or {}).values() if (value := getattr(args, key)) is not None]
+        keys = [key.partition("=")[0] for key, _ in (flags or {}).values()]
+        given = [f"{key}={value}" for key in keys if (value := getattr(args, key)) is not None]
         settings = load_settings(args.config, args.overrides + given)
         no_progress_bars()
         world = start()

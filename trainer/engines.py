@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import Ema
+from models.lora import adapter_parameters
 from trainer.distributed import World, node_group
 from trainer.errors import UserError
 from trainer.optimizer import GuardedAdamW
@@ -89,7 +90,11 @@ class Role:
 
     network: with its weights, or on the meta device (`models.pipeline.empty_network`) and filled from `folder` here, every
     rank reading its own rows only. wrap: what is made of the filled network, such as a Discriminator. variant: of the
-    weight files, here and in folders that are read later. Call the role for a forward pass. `module` is the bare network,
+    weight files, here and in folders that are read later.
+
+    Of a network with a LoRA adapter (models.lora.attach) only the adapter, and what was wrapped around the network, is
+    trained, sliced, averaged, switched and saved: its base stays as it was loaded, in the engine's precision, and has no
+    optimizer state. Call the role for a forward pass. `module` is the bare network,
     for terms that need autograd to an input only. `config` is the network's own configuration, as its folder has it.
     """
 
@@ -121,26 +126,39 @@ class Role:
         loaded = network
         if wrap is not None:
             network = wrap(loaded)
-            for child in network.children():
+            for child in network.children() if network is not loaded else ():
                 if child is not loaded:
                     child.to(world.device, dtype)
-        network.requires_grad_(self.trained).train(self.trained)
+        self.adapter = bool(adapter_parameters(loaded))
+        network.requires_grad_(False).train(self.trained)
+        own = self._own(network, loaded)
+        for parameter in own.values():
+            parameter.requires_grad_(self.trained)
         adam = None
         if optimizer is not None:
-            adam = GuardedAdamW(list(network.parameters()), optimizer, world)
+            adam = GuardedAdamW(list(own.values()), optimizer, world)
         self.adam = adam
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
         if self.stage == 0 and world.size == 1 and dtype == torch.float32:
             # Alone, DeepSpeed would still copy every gradient into a buffer and back: a quarter of a step at 35 M weights.
             self.engine.enable_backward_allreduce = False
-        self.weights = Weights(self.engine.module, world, variant)
+        whole = self.engine.module
+        self.weights = Weights(self._own(whole, loaded) if self.adapter else whole, world, variant)
         self._probe: Tensor | None = self._some_weights()
         masters = 0
-        if folder is not None and self.trained and dtype != torch.float32:
+        if folder is not None and self.trained and not self.adapter and dtype != torch.float32:
             masters = Weights(loaded, world, variant).load_masters(folder, self.optimizer)
         if folder is not None:
             note = f", {masters} of them in full precision for the optimizer" if masters else ""
             log.info(f"{name}: {tensors} tensors from {folder} in {time.monotonic() - began:.1f} s{note}")
+
+    def _own(self, network: nn.Module, loaded: nn.Module) -> dict[str, nn.Parameter]:
+        """The role's own parameters by their names in files: all, or an adapter's and those around the loaded network."""
+        if not self.adapter:
+            return dict(network.named_parameters())
+        inside = {id(p) for p in loaded.parameters()}
+        around = {name: p for name, p in network.named_parameters() if id(p) not in inside}
+        return adapter_parameters(loaded) | around
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.engine(*args, **kwargs)
@@ -217,7 +235,33 @@ class Role:
             self.weights.write(kept)
 
     def state_dict(self, ema: Ema | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
-        """A copy of the whole network's weights, or of their average, on rank 0 (host memory), None on the others. Every
-        rank must call it. dtype: default: the live one."""
+        """A copy of the whole network's (or the adapter's) weights, or of their average, on rank 0 (host memory), None on
+        the others. Every rank must call it. dtype: default: the live one."""
         dtype = dtype or self.weights.slices[0].parameter.dtype
         return self.weights.copy(dtype) if ema is None else self.weights.gather(ema.shadow, dtype)
+
+    def save_engine(self, folder: Path) -> None:
+        """Writes weights and optimizer into folder/NAME, in DeepSpeed's form. Every rank must call it.
+
+        Frozen weights stay out: ZeRO-3 would save them in pieces that it loses on resume (DeepSpeed#3090, #5439), and
+        the pipeline folder has them, known by their hash.
+        """
+        self.engine.save_checkpoint(
+            str(folder), tag=self.name, save_latest=False, exclude_frozen_parameters=self.adapter
+        )
+
+    def load_engine(self, folder: Path) -> bool:
+        """Reads what `save_engine` wrote; False if there is nothing. Raises whatever DeepSpeed raises for a damaged
+        file, and RuntimeError for one of other parameters."""
+        strictly = load_trained if self.adapter else None
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=self.name, custom_load_fn=strictly)
+        return loaded is not None
+
+
+def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Loads a state dict of exactly the trained parameters into a network; the frozen ones stay. Raises RuntimeError."""
+    frozen = {name for name, p in dst.named_parameters() if not p.requires_grad}
+    wrong = dst.load_state_dict(src, strict=False)
+    if wrong.unexpected_keys or set(wrong.missing_keys) != frozen:
+        missing = sorted(set(wrong.missing_keys) - frozen)
+        raise RuntimeError(f"missing {missing[:3]}, unexpected {wrong.unexpected_keys[:3]}")

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from models.pipeline import LORA_FOLDER
 from trainer.backtrack import export_generator
 from trainer.command import run_verb
 from trainer.errors import UserError
@@ -24,14 +25,17 @@ def export(run: Run) -> None:
     out = Path(settings.out) if settings.out else run.folder / "generator"
     if run.world.main:
         try:
-            call = export_generator(run, weights, out, {"checkpoint": name, "weights": "ema"})
+            call = export_generator(run, weights, out, {"checkpoint": name, "weights": "ema"}, settings.merge)
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}: choose another folder with --out") from error
         print(f"{out}: pipe = DiffusionPipeline.from_pretrained('{out}'); {call}")
+        if (out / LORA_FOLDER).is_dir():
+            print(f"with its LoRA: call pipe.load_lora_weights('{out / LORA_FOLDER}') first")
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = {"--checkpoint": ("export.checkpoint", "NAME"), "--out": ("export.out", "DIR")}
+    flags["--no-merge"] = ("export.merge=false", "")
     return run_verb("export", "Writes a diffusers pipeline of a checkpoint.", export, argv, flags)
 
 

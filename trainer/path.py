@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from models.lora import LoraSettings
 from models.pipeline import weights_hash
 from trainer.distributed import World, from_main
 from trainer.errors import UserError
@@ -32,7 +33,9 @@ class Node:
 
 @dataclass(frozen=True)
 class DegradationPath:
-    """A verified path. folder(i) is a weights folder that the denoiser's class loads with from_pretrained."""
+    """A verified path. folder(i) is a weights folder that the denoiser's class loads with from_pretrained; of a path of LoRA
+    nodes, for i > 0, a LoRA folder that `load_lora_adapter(folder, prefix=PART, use_safetensors=True)` puts on the
+    teacher (PART: "unet" or "transformer")."""
 
     root: Path
     teacher: Path
@@ -76,7 +79,12 @@ def choose_nodes(distances: list[float], count: int) -> list[int]:
 
 
 def write_manifest(
-    root: Path, teacher: Path, hashes: tuple[str, str], timesteps: tuple[int, ...], nodes: list[Node]
+    root: Path,
+    teacher: Path,
+    hashes: tuple[str, str],
+    timesteps: tuple[int, ...],
+    nodes: list[Node],
+    lora: LoraSettings,
 ) -> None:
     """Writes path.json, last of all and atomically: a path without it is not a path."""
     reference = root / "node-0000"
@@ -88,6 +96,7 @@ def write_manifest(
         "generator": hashes[1],
         "conditioning_timestep": timesteps[0],
         "timesteps": timesteps,
+        **_kind(lora),
         "nodes": [asdict(node) for node in nodes],
     }
     temporary = root / (MANIFEST + ".tmp")
@@ -95,15 +104,27 @@ def write_manifest(
     os.replace(temporary, root / MANIFEST)
 
 
+def _kind(lora: LoraSettings) -> dict:
+    """What the manifest says of the nodes' kind."""
+    return {"kind": "lora", "lora": lora.identity()} if lora.rank else {"kind": "full"}
+
+
 def open_path(
-    root: Path, teacher: Path, start: Path, timesteps: tuple[int, ...], world: World, variant: str = ""
+    root: Path,
+    teacher: Path,
+    start: Path,
+    timesteps: tuple[int, ...],
+    world: World,
+    lora: LoraSettings,
+    variant: str = "",
 ) -> DegradationPath:
-    """Reads and verifies a recorded path: it must be this teacher's and this generator start's, and every node must be
-    there to the byte. variant: of the teacher's and the start's weight files. Rank 0 reads the weights once to hash them; all ranks raise the same UserError."""
+    """Reads and verifies a recorded path: it must be this teacher's and this generator start's, its nodes of the kind
+    that the run trains, and every node must be there to the byte. variant: of the teacher's and the start's weight
+    files. Rank 0 reads the weights once to hash them; all ranks raise the same UserError."""
     problem = nodes = None
     if world.main:
         try:
-            nodes = _verified(root, weights_hash(teacher, variant), weights_hash(start, variant), timesteps)
+            nodes = _verified(root, weights_hash(teacher, variant), weights_hash(start, variant), timesteps, lora)
         except UserError as error:
             problem = str(error)
     problem, nodes = from_main((problem, nodes), world)
@@ -112,7 +133,7 @@ def open_path(
     return DegradationPath(root, teacher, nodes)
 
 
-def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...]) -> list[Node]:
+def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...], lora: LoraSettings) -> list[Node]:
     file = root / MANIFEST
     try:
         record = json.loads(file.read_text())
@@ -138,6 +159,7 @@ def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...]) 
             "or other weights): set `conditioning_timestep`, `backtrack.student_timesteps` and `generator_start` as they "
             "were recorded, or record again"
         )
+    _check_kind(root, {key: record[key] for key in ("kind", "lora") if key in record}, _kind(lora))
     nodes = [Node(**node) for node in record["nodes"]]
     if [node.index for node in nodes] != list(range(len(nodes))) or len(nodes) < 2:
         raise UserError(f"path {file}: nodes {[n.index for n in nodes]} are not 0, 1, ..., N: record the path again")
@@ -151,3 +173,17 @@ def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...]) 
                 "copy it again from where it was recorded, or record the path again"
             )
     return nodes
+
+
+def _check_kind(root: Path, recorded: dict, wanted: dict) -> None:
+    recorded = {"kind": "full"} | recorded
+    if recorded == wanted:
+        return
+    if recorded["kind"] != wanted["kind"]:
+        has = "whole networks" if recorded["kind"] == "full" else f"LoRA of rank {recorded['lora']['rank']}"
+        wants = "whole networks (lora.rank=0)" if wanted["kind"] == "full" else f"lora.rank={wanted['lora']['rank']}"
+        what = f"its nodes are {has}, this run trains {wants}"
+    else:
+        keys = [key for key in wanted["lora"] if recorded["lora"][key] != wanted["lora"][key]]
+        what = "; ".join(f"lora.{key} was {recorded['lora'][key]}, is now {wanted['lora'][key]}" for key in keys)
+    raise UserError(f"path {root}: {what}: set `lora` as it was recorded, or record a path for this one (path=...)")

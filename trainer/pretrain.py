@@ -25,7 +25,6 @@ from trainer.schedules import learning_rate
 from trainer.shelf import WEIGHTS
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
-from trainer.weights import save_folder
 
 
 class Pretraining(TrainStage):
@@ -78,7 +77,7 @@ class Pretraining(TrainStage):
         def write(folder: Path) -> None:
             state = self.teacher.state_dict(self.ema, self.run.dtype)
             if state is not None:
-                save_folder(state, self.teacher.config, folder, self.run.dtype)
+                self.saver(self.teacher)(state, folder=folder)
 
         return write
 

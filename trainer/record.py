@@ -13,13 +13,13 @@ from data.order import Split
 from models.conditioning import Conditioning
 from models.flops import forward_flops
 from models.networks import denoising_loss, predict
-from models.pipeline import WEIGHTS_FILE, weights_hash
+from models.pipeline import weight_files
 from models.student import Student
 from trainer.command import run_verb
 from trainer.distributed import barrier, sum_over_ranks
 from trainer.errors import UserError
 from trainer.loop import train
-from trainer.passes import sample_passes
+from trainer.passes import sample_passes, trained_pass
 from trainer.path import MANIFEST, Node, choose_nodes, generator_hash, write_manifest
 from trainer.run import Run
 from trainer.schedules import learning_rate
@@ -41,18 +41,20 @@ class Recording(TrainStage):
         settings = run.settings.record
         super().__init__("record", run, settings, images=False)
         s = run.settings
+        self.check_lora(run.teacher_folder)
         self.sampler = run.sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.student = Student(self.schedule, s.student_timesteps)
         self.generator = self.role("generator", run.start_folder, settings.teacher_ds_config)
-        self.fake_score = self.role("fake_score", run.teacher_folder, settings.ds_config, settings.optimizer)
+        adapter = "new" if s.lora.rank else None
+        self.fake_score = self.role(
+            "fake_score", run.teacher_folder, settings.ds_config, settings.optimizer, adapter=adapter
+        )
         tokens = self.sampler.text.tokens
         flops = forward_flops(self.fake_score.config, self.sampler.latent_shape, tokens)
-        # The sample, a forward pass, and a backward pass of two.
-        self.flops = (sample_passes(len(s.student_timesteps)) + 3) * flops * self.micro * settings.accumulation
-        teacher = weights_hash(run.teacher_folder, s.variant)
-        start = teacher if run.start_folder == run.teacher_folder else weights_hash(run.start_folder, s.variant)
-        self.hashes = teacher, generator_hash(start, self.student.timesteps)
+        passes = sample_passes(len(s.student_timesteps)) + trained_pass(s.lora)
+        self.flops = passes * flops * self.micro * settings.accumulation
+        self.hashes = self.hash(run.teacher_folder), generator_hash(self.hash(run.start_folder), self.student.timesteps)
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
         self.candidates = s.path_folder / "candidates"
         self.writer = FolderWriter(run.world)
@@ -143,7 +145,8 @@ class Recording(TrainStage):
             return
         state = self.fake_score.state_dict(dtype=torch.bfloat16)
         if state is not None:
-            self.writer.begin(state, self.fake_score.config, self.candidates / step_name(step), {"step": step})
+            write = self.saver(self.fake_score)
+            self.writer.begin(write, state, self.candidates / step_name(step), {"step": step})
         self.steps_kept.append(step)
         self.distances.append(self.distance)
         self.predictions.append(prediction.cpu())
@@ -224,7 +227,7 @@ class Recording(TrainStage):
                 about = _move(self.candidates / step_name(self.steps_kept[i]), root / f"node-{index:04d}")
                 nodes.append(Node(index, self.steps_kept[i], *about, self.distances[i], gap))
         if self.world.main:
-            write_manifest(root, teacher, self.hashes, self.student.timesteps, nodes)
+            write_manifest(root, teacher, self.hashes, self.student.timesteps, nodes, self.run.settings.lora)
             shutil.rmtree(self.candidates)
         barrier(self.world)
         return nodes
@@ -239,7 +242,7 @@ def _move(candidate: Path, node: Path) -> tuple[str, str, int]:
     about = json.loads((node / ABOUT).read_text()) if (node / ABOUT).exists() else {"step": -1}
     if step_name(about["step"]) != candidate.name:
         raise UserError(f"{candidate} is missing: remove {node.parent} and record again")
-    return f"{node.name}/{WEIGHTS_FILE}", about["sha256"], about["bytes"]
+    return f"{node.name}/{weight_files(node)[0].name}", about["sha256"], about["bytes"]
 
 
 def record(run: Run) -> None:

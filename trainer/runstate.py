@@ -2,9 +2,10 @@
 
 A checkpoint is one folder, `checkpoints/step-00000500/`, that holds every trained role's engine, each rank's own state
 (EMA slices, global generators, meters, the stage's state) and, for evaluation jobs, the current weights as a plain
-folder of the denoiser. It is written under a temporary name, renamed when every rank is done, and only then named by LATEST,
-which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own `latest` is not
-used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by its hash.
+folder of the denoiser, or a LoRA folder. It is written under a temporary name, renamed when every rank is done, and only
+then named by LATEST, which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own
+`latest` is not used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by
+its hash.
 
 The same number of processes and ZeRO stages load what they saved, to the bit. Others cut it anew: engines by
 trainer.reshard, the ranks' own state by the stage's `regroup`.
@@ -90,9 +91,9 @@ class Checkpoints:
                 self.shelf.make_room(step, self._first_size(mine))
                 temporary.mkdir()
         self._agreed(step, temporary)
-        for name, role in self.trained.items():
+        for role in self.trained.values():
             with together.noting():
-                role.engine.save_checkpoint(str(temporary / "engines"), tag=name, save_latest=False)
+                role.save_engine(temporary / "engines")
         with together.noting():
             write_file(mine, _rank_file(temporary, self.world.rank))
         if write_weights:
@@ -109,12 +110,12 @@ class Checkpoints:
         return final
 
     def _first_size(self, mine: dict) -> int:
-        """About the bytes of a checkpoint, by the parameters: master weights and two moments in float32, the network and
+        """About the bytes of a checkpoint, by the trained parameters: master weights and two moments in float32, the network and
         the plain weights in its own precision."""
         total = tensor_bytes(mine) * self.world.size
         for role in self.trained.values():
-            for p in role.module.parameters():
-                total += getattr(p, "ds_numel", p.numel()) * (12 * p.requires_grad + 2 * p.element_size())
+            for _, p in role.trained_parameters():
+                total += getattr(p, "ds_numel", p.numel()) * (12 + 2 * p.element_size())
         return total
 
     def _agreed(self, step: int, *unfinished: Path) -> None:
@@ -179,7 +180,7 @@ class Checkpoints:
     def _load_engine(self, role: Role, folder: Path, world: int, zero: dict) -> None:
         same = world == self.world.size and zero == self._zero()[role.name]
         if same or zero["stage"] == role.stage == 0:
-            if role.engine.load_checkpoint(str(folder.parent), tag=folder.name)[0] is None:
+            if not role.load_engine(folder.parent):
                 raise OSError(f"{role.name} is missing")
         else:
             reshard(role, folder, zero["stage"])

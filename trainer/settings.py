@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data.config import DataConfig
 from models.gan import GanSettings
+from models.lora import LoraSettings
 from models.miniature import MiniatureSettings
 from trainer.health import HealthSettings
 from trainer.loop import LoopSettings
@@ -43,15 +44,6 @@ class NetworkSettings(Strict):
     channels_last: bool = False
     compile: bool = False
     tf32: bool = True
-
-
-class LoraSettings(Strict):
-    """Low-rank training of generator and fake score: `plan` counts it, training with it is refused for now. rank: 0 trains
-    all weights. alpha: null is the rank. targets: names of the layers that get matrices."""
-
-    rank: int = Field(0, ge=0)
-    alpha: float | None = None
-    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class AutoencoderSettings(TrainSettings):
@@ -162,9 +154,12 @@ class EvaluateSettings(Strict):
 
 
 class ExportSettings(Strict):
-    """checkpoint: such as step-00000500 (default: the last). out: the folder to write (default: generator/ of the run)."""
+    """checkpoint: such as step-00000500 (default: the last). out: the folder to write (default: generator/ of the run).
+    merge: of a LoRA run, writes the sum of base and LoRA as the denoiser; false keeps the base and puts the LoRA beside
+    it, in lora/, for `pipe.load_lora_weights`."""
 
     checkpoint: str = ""
+    merge: bool = True
     out: str = ""
 
 

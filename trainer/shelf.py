@@ -11,7 +11,7 @@ from trainer.storage import MARGIN, file_sizes, free_bytes, sync_folder, write_t
 from trainer.telemetry import log
 
 FORMAT = 2
-WEIGHTS = "weights"  # in a checkpoint: what an evaluation reads, a plain folder of the denoiser
+WEIGHTS = "weights"  # in a checkpoint: what an evaluation reads, a plain folder of the denoiser, or a LoRA folder
 ABOUT = "state.json"  # what makes a folder a whole checkpoint
 
 

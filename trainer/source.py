@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from models.checks import check_fit, check_pipeline
 from models.families import family_of
-from models.pipeline import NOTE, load_network
+from models.lora import is_adapter, load_merged
+from models.pipeline import LORA_FOLDER, NOTE, load_network
 from models.sampler import ImageNoise, Sampler
 from trainer.errors import UserError
 from trainer.run import Run
@@ -17,18 +18,24 @@ from trainer.shelf import WEIGHTS
 
 @dataclass(frozen=True)
 class Source:
-    """name: for folders of results. weights: the denoiser's folder. pipeline: where text encoders, decoder and schedule
-    are. timesteps: of a student's steps (one: the conditioning timestep), None for a diffusion model."""
+    """name: for folders of results. weights: the denoiser's folder, or a LoRA folder. pipeline: where text encoders,
+    decoder and schedule are. timesteps: of a student's steps (one: the conditioning timestep), None for a diffusion
+    model. base: the denoiser's folder that a LoRA folder is merged into, as `export` does it."""
 
     name: str
     weights: Path
     pipeline: Path
     timesteps: tuple[int, ...] | None
+    base: Path | None = None
 
     def open(self, run: Run) -> "OpenSource":
         variant = run.settings.variant
         check_fit(check_pipeline(self.pipeline, variant), run.settings.data.resolution)
-        network = load_network(self.weights, run.dtype, variant).to(run.world.device).eval().requires_grad_(False)
+        if self.base:
+            network = load_merged(self.base, self.weights, run.dtype, variant)
+        else:
+            network = load_network(self.weights, run.dtype, variant)
+        network.to(run.world.device).eval().requires_grad_(False)
         return OpenSource(self, run, network, run.sampler(self.pipeline))
 
 
@@ -64,22 +71,34 @@ def find_source(run: Run, what: str) -> Source:
         return Source("start", run.start_folder, run.pipeline_folder, timesteps)
     checkpoint = run.folder / "backtrack" / "checkpoints" / what / WEIGHTS
     if checkpoint.is_dir():
-        return Source(what, checkpoint, run.pipeline_folder, timesteps)
+        return _weights(run, what, checkpoint)
     folder = Path(what)
     if (folder / "model_index.json").exists():
         return _pipeline(folder, folder.resolve().name)
-    if (folder / WEIGHTS / "config.json").exists():  # a checkpoint by its path
-        return Source(folder.resolve().name, folder / WEIGHTS, run.pipeline_folder, timesteps)
-    if (folder / "config.json").exists():
-        return Source(folder.resolve().name, folder, run.pipeline_folder, timesteps)
+    for weights in (folder / WEIGHTS, folder):  # a checkpoint by its path; a denoiser or LoRA folder
+        if (weights / "config.json").exists() or is_adapter(weights):
+            return _weights(run, folder.resolve().name, weights)
     known = sorted(p.parent.name for p in (run.folder / "backtrack" / "checkpoints").glob(f"step-*/{WEIGHTS}"))
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'none there'}), a "
-        "pipeline folder or a denoiser folder"
+        "pipeline folder, a denoiser folder or a LoRA folder"
     )
+
+
+def _weights(run: Run, name: str, folder: Path) -> Source:
+    """A student by its denoiser's folder, or by its LoRA folder on the network that it starts from."""
+    base = run.start_folder if is_adapter(folder) else None
+    return Source(name, folder, run.pipeline_folder, run.settings.student_timesteps, base)
 
 
 def _pipeline(folder: Path, name: str) -> Source:
     note = folder / NOTE
     timesteps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
-    return Source(name, folder / family_of(folder).part, folder, tuple(timesteps) if timesteps else None)
+    timesteps, network, lora = (
+        tuple(timesteps) if timesteps else None,
+        folder / family_of(folder).part,
+        folder / LORA_FOLDER,
+    )
+    if is_adapter(lora):
+        return Source(name, lora, folder, timesteps, network)
+    return Source(name, network, folder, timesteps)

@@ -5,7 +5,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,9 @@ from data.order import Split
 from models.attention import attention_shapes, choose, install, prefer, report
 from models.ema import Ema
 from models.kernels import channels_last, compile_blocks, set_tf32
+from models.lora import attach, check_targets
 from models.networks import predict
-from models.pipeline import empty_network
+from models.pipeline import empty_network, weights_hash
 from models.sampler import ImageNoise, Sampler
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
@@ -27,6 +30,7 @@ from trainer.run import Run
 from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
 from trainer.telemetry import Meters, log
+from trainer.weights import save_adapter, save_folder, start_from
 
 PREVIEW = 32
 
@@ -41,8 +45,6 @@ class TrainStage:
 
     def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
-        if run.settings.lora.rank:
-            raise UserError(f"lora.rank={run.settings.lora.rank}: {name} trains all weights only: set lora.rank=0")
         self.steps, self.batch = settings.steps, settings.batch
         self.micro = micro_batch(settings.batch, settings.accumulation, run.world, where or name)
         self.dataset = run.dataset("train", ("image", "caption") if images else ("caption",))
@@ -52,6 +54,8 @@ class TrainStage:
         self.noise = run.noise(name)
         self.skipped = Counter()
         self.roles: dict[str, Role] = {}
+        self.bases: dict[str, str] = {}  # of roles that are adapters: the sha256 of the network below
+        self._hashes: dict[Path, str] = {}
         self.attention = ""  # the kernel that was chosen, by the first role
         self.chosen = ExitStack()  # what holds for the whole process while the stage lives
         set_tf32(run.settings.network.tf32)
@@ -70,12 +74,14 @@ class TrainStage:
         optimizer: OptimizerSettings | None = None,
         split: int = 1,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
+        adapter: Path | Literal["new"] | None = None,
     ) -> Role:
         """The network of a weights folder as a role under DeepSpeed: trained with an optimizer's settings, frozen
         without.
 
         split: pieces that a micro-batch is cut into for this role's training. wrap: what is made of the loaded network,
-        such as a Discriminator.
+        such as a Discriminator. adapter: a LoRA folder to go on from, or "new", makes the role a LoRA adapter on that
+        network.
         """
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
         micro, accumulation = self.micro // split, settings.accumulation * split
@@ -93,6 +99,8 @@ class TrainStage:
                 )
             log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
         variant = self.run.settings.variant
+        if adapter:
+            self._adapt(network, name, folder, adapter)
         self.roles[name] = role = Role(name, network, config, self.world, optimizer, folder, wrap, variant)
         if wanted.channels_last:
             if stage == 0 and not optimizer:
@@ -100,6 +108,34 @@ class TrainStage:
             else:
                 log.warning(f"{name}: network.channels_last is left out: DeepSpeed keeps these weights flat")
         return role
+
+    def _adapt(self, network: nn.Module, name: str, folder: Path, adapter: Path | Literal["new"]) -> None:
+        """Puts an adapter on a role's network, which will be filled from `folder`."""
+        settings = self.run.settings
+        attach(network, settings.lora, f"{settings.seed}/{self.name}/{name}", self.world.device, self.run.dtype)
+        if adapter != "new":
+            start_from(network, adapter, self.world)
+        self.bases[name] = self.hash(folder)
+        self.identity |= {"lora": settings.lora.identity(), f"{name}.base": self.bases[name]}
+
+    def check_lora(self, *folders: Path) -> None:
+        """Raises ModelError if adapters are wanted and a network has not the layers for them, before anything is loaded."""
+        settings = self.run.settings
+        for folder in set(folders) if settings.lora.rank else ():
+            check_targets(folder, settings.lora, settings.variant)
+
+    def hash(self, folder: Path) -> str:
+        """The sha256 of a weights folder, read once."""
+        if folder not in self._hashes:
+            self._hashes[folder] = weights_hash(folder, self.run.settings.variant)
+        return self._hashes[folder]
+
+    def saver(self, role: Role) -> Callable[..., None]:
+        """What writes a role's state dict: as a denoiser's folder, or as a LoRA folder if it is an adapter; a function of
+        (state, folder=, dtype=, about=) for rank 0, see `save_folder`."""
+        if role.adapter:
+            return partial(save_adapter, net=role.module, base=self.bases[role.name])
+        return partial(save_folder, config=role.config)
 
     def _choose_kernels(self, network: nn.Module) -> None:
         """Chooses the attention kernel at the first network, by trying, and gives it to the network. Raises

@@ -28,20 +28,22 @@ class ReadAhead:
         self._thread = ThreadPoolExecutor(1, "node-reader", *begin)
         self._buffers: list[Tensor] | None = None
         self._copied: torch.cuda.Event | None = None  # behind the copies to the device of what was in the buffer before
-        self._ahead: tuple[Path, Future] | None = None
+        self._ahead: tuple[Path | None, Future] | None = None
 
-    def _read(self, folder: Path) -> list[Tensor]:
+    def _read(self, folder: Path | None) -> list[Tensor]:
         if self._buffers is None:
             self._buffers = self.weights.host_buffers(self.pinned)
         if self._copied is not None:
             self._copied.synchronize()
+        if folder is None:
+            return [buffer.zero_() for buffer in self._buffers]
         return self.weights.read(folder, self._buffers)
 
-    def begin(self, folder: Path) -> None:
-        """Begins to read a folder. What was taken before must have been written (`written`)."""
+    def begin(self, folder: Path | None) -> None:
+        """Begins to read a folder; None is zeros, which an adapter is on the teacher itself. What was taken before must have been written (`written`)."""
         self._ahead = folder, self._thread.submit(self._read, folder)
 
-    def take(self, folder: Path) -> list[Tensor]:
+    def take(self, folder: Path | None) -> list[Tensor]:
         """The folder's part, read ahead or now; valid until the next `begin`. Raises ModelError."""
         if self._ahead is None or self._ahead[0] != folder:
             self.begin(folder)  # behind what is still being read, in the same thread
@@ -91,9 +93,9 @@ class Target:
         node = self.wanted(update)
         if node == self.node:
             return False
-        folder, values, problem = self.path.folder(node), None, None
+        values = problem = None
         try:
-            values = self._reader.take(folder)
+            values = self._reader.take(self._folder(node))
         except ModelError as error:
             problem = f"target node {node} cannot be loaded at generator update {update}: {error}"
         # Every rank must write, or none may: where ranks put parameters together, one that gave up would be waited for.
@@ -102,10 +104,16 @@ class Target:
         self.teacher.weights.write(values)
         self._reader.written()
         self.node = node
-        log.info(f"generator update {update}: target is node {node} ({len(values)} tensors from {folder})")
+        log.info(
+            f"generator update {update}: target is node {node} ({len(values)} tensors from {self.path.folder(node)})"
+        )
         if node > 0:
-            self._reader.begin(self.path.folder(node - 1))
+            self._reader.begin(self._folder(node - 1))
         return True
+
+    def _folder(self, node: int) -> Path | None:
+        """What to read for a node. An adapter of zeros is the teacher itself: its node 0 is not read."""
+        return None if node == 0 and self.teacher.adapter else self.path.folder(node)
 
     def observe(self, update: int, mismatch: Tensor, mean: Callable[[Tensor], float]) -> None:
         """Adaptive walk: takes the mismatch of this update and, once an interval, decides (this reads the device)."""

@@ -14,7 +14,8 @@ from deepspeed.utils import safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.pipeline import WEIGHTS_FILE, replace_folder, weight_files
+from models.lora import CONFIG_FILE, adapter_note, adapter_parameters, base_key
+from models.pipeline import LORA_FILE, NOTE, WEIGHTS_FILE, replace_folder, weight_files
 from models.tensorfile import TensorFile, write_tensors
 from trainer.distributed import World
 
@@ -109,13 +110,15 @@ def open_folder(shapes: dict[str, tuple[int, ...]], folder: Path, variant: str =
 
 class Weights:
     """All weights of a network, as slices; `constants` are its persistent buffers, which never change and which every
-    rank holds. `values` below are lists of tensors, one a slice: this rank's elements, flat. variant: of weight files, in
+    rank holds. Of a LoRA role the weights are the adapter's, a dictionary of parameters by their keys in files. `values` below are lists of tensors, one a slice: this rank's elements, flat. variant: of weight files, in
     folders that have it."""
 
-    def __init__(self, network: nn.Module, world: World, variant: str = ""):
+    def __init__(self, network: nn.Module | dict[str, nn.Parameter], world: World, variant: str = ""):
         self.world, self.variant = world, variant
-        self.slices = [Slice(key, parameter, world) for key, parameter in network.named_parameters()]
-        self.constants = _constants(network)
+        whole = isinstance(network, nn.Module)
+        parameters = dict(network.named_parameters()) if whole else network
+        self.slices = [Slice(key, parameter, world) for key, parameter in parameters.items()]
+        self.constants = _constants(network) if whole else {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -224,14 +227,14 @@ def load_folder(
 
     A rank reads its own slices only. At stage 3 of `config` (DeepSpeed's; group: the processes that share one copy, None
     for all) they are all it ever holds, besides one parameter at a time; below, ranks put each parameter together, once,
-    in its final dtype and place. Parameters that are not on the meta device (additions to the network) are kept as they
-    are. Raises ModelError.
+    in its final dtype and place. Parameters that are not on the meta device (an adapter, other additions) are kept as
+    they are. Raises ModelError.
     """
     init = None
     if config["zero_optimization"]["stage"] == 3:
         init = _Rows(config_dict_or_path=config, dtype=dtype, data_parallel_group=group)
     owners = [
-        (module, name, f"{prefix}.{name}" if prefix else name)
+        (module, name, base_key(f"{prefix}.{name}" if prefix else name))
         for prefix, module in network.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_meta
@@ -258,6 +261,13 @@ def load_folder(
     return len(shapes)
 
 
+def start_from(network: nn.Module, folder: Path, world: World) -> None:
+    """Overwrites the adapter of a network, which no engine has yet, with a LoRA folder's, strictly. Every rank must call it.
+    Raises ModelError."""
+    weights = Weights(adapter_parameters(network), world)
+    weights.write(weights.read(folder))
+
+
 def save_folder(
     state: dict[str, Tensor], config: dict, folder: Path, dtype: torch.dtype | None = None, about: dict | None = None
 ) -> None:
@@ -266,13 +276,42 @@ def save_folder(
     config: the network's own configuration (`network.config`). dtype: default: as it is. about: if given, is kept in the
     folder as node.json, together with the weights file's sha256 and its size in bytes.
     """
+    plain = {k: v for k, v in config.items() if not (k.startswith("_") and k != "_class_name")}
+    texts = {"config.json": json.dumps(plain, indent=2, default=str) + "\n"}
+    _save(state, folder, dtype, about, WEIGHTS_FILE, {}, texts)
+
+
+def save_adapter(
+    state: dict[str, Tensor],
+    net: nn.Module,
+    base: str,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    about: dict | None = None,
+) -> None:
+    """Writes an adapter's state dict as a LoRA folder (models.lora). net: the network that carries the adapter. base:
+    sha256 of the weights that it belongs on. All else as `save_folder`."""
+    header, config = adapter_note(net)
+    texts = {CONFIG_FILE: config, NOTE: json.dumps({"kind": "lora", "base": base}, indent=2) + "\n"}
+    _save(state, folder, dtype, about, LORA_FILE, header, texts)
+
+
+def _save(
+    state: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    about: dict | None,
+    name: str,
+    note: dict[str, str],
+    texts: dict[str, str],
+) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    plain = {k: v for k, v in config.items() if not (k.startswith("_") and k != "_class_name")}
-    (temporary / "config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
+    for file, text in texts.items():
+        (temporary / file).write_text(text)
     tensors = {key: value.to(dtype or value.dtype) for key, value in state.items()}
-    digest, size = write_tensors(temporary / WEIGHTS_FILE, tensors)
+    digest, size = write_tensors(temporary / name, tensors, note)
     if about is not None:
         (temporary / ABOUT).write_text(json.dumps(about | {"sha256": digest, "bytes": size}, indent=2) + "\n")
     replace_folder(temporary, folder)

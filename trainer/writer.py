@@ -1,5 +1,6 @@
 """Weights folders written by rank 0 in the background, while training goes on."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,7 +8,6 @@ from torch import Tensor
 
 from trainer.distributed import World, first_problem
 from trainer.errors import UserError
-from trainer.weights import save_folder
 
 
 class FolderWriter:
@@ -19,11 +19,12 @@ class FolderWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="node-writer")
         self._writing: list[Future] = []
 
-    def begin(self, state: dict[str, Tensor], config: dict, folder: Path, about: dict) -> None:
-        """Begins to write a whole state dict, which nobody else may change, in the dtype that it has."""
+    def begin(self, write: Callable[..., None], state: dict[str, Tensor], folder: Path, about: dict) -> None:
+        """Begins to write a whole state dict, which nobody else may change, in the dtype that it has. write: what makes a
+        folder of it, as `TrainStage.saver`."""
         if self._writing:
             self._writing[-1].exception()  # waits; `join` raises it
-        self._writing.append(self._thread.submit(save_folder, state, config, folder, about=about))
+        self._writing.append(self._thread.submit(write, state, folder=folder, about=about))
 
     def join(self) -> None:
         """Waits until everything is on the disk. Every rank must call it; all raise the same UserError if it failed."""

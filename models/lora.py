@@ -1,0 +1,184 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2021): y = W x + alpha / rank * B A x, with W frozen and only A and B trained.
+
+The layers are peft's. A LoRA folder has `pytorch_lora_weights.safetensors`, whose keys are those of diffusers'
+`save_lora_weights` (`unet.<module>.lora_A.weight`), so that `pipe.load_lora_weights(folder)` takes it as it is,
+peft's `adapter_config.json`, and `disback.json` with the sha256 of the network that it belongs on.
+"""
+
+import hashlib
+import json
+from enum import Enum
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from peft import LoraConfig, inject_adapter_in_model
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.errors import ModelError
+from models.pipeline import LORA_FILE, NOTE, load_network, weight_files, weights_hash
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER = "default"  # peft's name for the only adapter of a network
+# DMD2's modules for SDXL (main/sd_unified_model.py): attention and its projections, feed-forward, every convolution of
+# the residual blocks and between the levels, and the timestep's projections. All that a UNet computes with, except its
+# first and last layer and the embeddings: a one-step generator has to change its convolutions too.
+TARGETS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv "
+    "upsamplers.0.conv time_emb_proj"
+).split()
+
+
+class LoraSettings(BaseModel):
+    """LoRA on generator, fake score and path nodes. rank: 0 is full fine-tuning; DMD2's LoRA script for SDXL has 64.
+    alpha: the addition is scaled by alpha / rank; null is the rank itself, a scale of 1 (DMD2 has 8 at rank 64).
+    targets: ends of module names; the default is DMD2's list for SDXL."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(0, ge=0)
+    alpha: float | None = Field(None, gt=0)
+    targets: list[str] = TARGETS
+
+    def identity(self) -> dict:
+        """What two adapters must have in common for one's weights to fit and mean the same on the other."""
+        return {"rank": self.rank, "alpha": self.alpha or float(self.rank), "targets": sorted(set(self.targets))}
+
+    def peft(self) -> LoraConfig:
+        own = self.identity()
+        return LoraConfig(r=own["rank"], lora_alpha=own["alpha"], target_modules=own["targets"])
+
+
+def check_targets(folder: Path, settings: LoraSettings, variant: str = "") -> None:
+    """Raises ModelError if a target is not the end of any linear or convolution layer's name in a weights folder. Only
+    the headers of its files are read."""
+    if not settings.targets:
+        raise ModelError("lora.targets is empty: name modules, such as [to_q, to_k, to_v, to_out.0]")
+    names = set()
+    for file in weight_files(folder, variant):
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 (not a mapping)
+                if key.endswith(".weight") and len(handle.get_slice(key).get_shape()) in (2, 4):
+                    names.add(key.removesuffix(".weight"))
+    missing = [t for t in settings.targets if not any(n == t or n.endswith("." + t) for n in names)]
+    if missing:
+        ends = {n.rpartition(".")[2] for n in names}
+        there = [t for t in TARGETS if any(n.endswith("." + t) for n in names)] or sorted(e for e in ends if e[0] > "9")
+        raise ModelError(
+            f"lora.targets: {folder} has no linear or convolution layer named {', '.join(missing)}; it has for example "
+            f"{', '.join(there[:8])}"
+        )
+
+
+def attach(
+    net: nn.Module,
+    settings: LoraSettings,
+    seed: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Puts an adapter on a network, in place: A as peft's default (Kaiming), B zero, so that nothing changes yet.
+
+    Each A is a function of the seed and its own name: alike on every rank and device, whatever else was drawn before.
+    device, dtype: the adapter's, default the network's; of a network on the meta device only the adapter gets memory. It
+    must not be sharded yet: peft looks at the shapes of its weights.
+    """
+    net.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # peft draws its own first values, from the global generator
+        inject_adapter_in_model(settings.peft(), net, ADAPTER)
+    net._hf_peft_config_loaded = True  # as diffusers' own add_adapter does: its methods on adapters ask for it
+    for key, parameter in adapter_parameters(net).items():
+        first = torch.zeros(parameter.shape)
+        if ".lora_A." in key:
+            digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            nn.init.kaiming_uniform_(first, a=5**0.5, generator=generator)
+        module, _, name = key.partition(".")[2].rpartition(".")
+        layer = net.get_submodule(f"{module}.{ADAPTER}")
+        setattr(layer, name, nn.Parameter(first.to(device or parameter.device, dtype or parameter.dtype)))
+
+
+def base_key(key: str) -> str:
+    """The name in a weights folder of a weight below an adapter."""
+    return key.replace(".base_layer.", ".")
+
+
+def adapter_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their names in a LoRA file; empty if there is none. `net` may wrap the network."""
+    for module in net.modules():
+        if hasattr(module, "peft_config"):
+            # diffusers' name for the part of a pipeline that the network is.
+            part = "unet" if "UNet" in type(module).__name__ else "transformer"
+            return {
+                f"{part}.{name.replace(f'.{ADAPTER}.', '.')}": parameter
+                for name, parameter in module.named_parameters()
+                if ".lora_" in name
+            }
+    return {}
+
+
+def adapter_note(net: nn.Module) -> tuple[dict[str, str], str]:
+    """The metadata of a LoRA file (how diffusers learns alpha) and the text of adapter_config.json."""
+    module = next(m for m in net.modules() if hasattr(m, "peft_config"))
+    part = "unet" if "UNet" in type(module).__name__ else "transformer"
+    config = {k: _plain(v) for k, v in module.peft_config[ADAPTER].to_dict().items()}
+    header = json.dumps({f"{part}.{k}": v for k, v in config.items()}, sort_keys=True)
+    return {"lora_adapter_metadata": header}, json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _plain(value: object) -> object:
+    """For JSON; sets sorted, since their order differs from process to process and files are known by their hash."""
+    if isinstance(value, set):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
+
+
+def is_adapter(folder: Path) -> bool:
+    return (Path(folder) / LORA_FILE).is_file()
+
+
+@torch.no_grad()
+def merge(net: nn.Module, folder: Path) -> None:
+    """Adds a LoRA folder to the weights of a plain network, in place and for good: W <- W + alpha / rank * B A.
+
+    Summed in float32 and rounded once to the network's dtype. Raises ModelError if a key or a shape does not fit.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        scale = config["lora_alpha"] / config["r"]
+        state = load_file(folder / LORA_FILE)
+    except Exception as error:  # safetensors' own error type is not public
+        raise ModelError(f"{folder}: not a whole LoRA folder: {error}") from error
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, half = key.partition(".")[2].rpartition(".lora_")
+        halves.setdefault(name, {})[half] = value
+    for name, pair in halves.items():
+        try:
+            weight = net.get_submodule(name).weight
+            if pair.keys() != {"A.weight", "B.weight"}:
+                raise ValueError(f"has {sorted(pair)} where A.weight and B.weight are expected")
+            # A convolution's A has its kernel and B is 1 x 1, so that flattened they multiply as a linear layer's do.
+            delta = pair["B.weight"].float().flatten(1) @ pair["A.weight"].float().flatten(1)
+            merged = weight.float() + scale * delta.view(weight.shape).to(weight.device)
+        except (AttributeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{folder}: does not fit the network: module '{name}': {error}") from error
+        weight.copy_(merged)
+
+
+def load_merged(base: Path, adapter: Path, dtype: torch.dtype, variant: str = "") -> ModelMixin:
+    """The network of a weights folder with a LoRA folder added. Raises ModelError, also for another base than the one
+    that the adapter was trained on."""
+    note = json.loads((Path(adapter) / NOTE).read_text()) if (Path(adapter) / NOTE).is_file() else {}
+    if note.get("base") not in (None, weights_hash(base, variant)):
+        raise ModelError(
+            f"{adapter} was trained on another network (sha256 {note['base'][:12]}...) than {base}: set `pipeline` and "
+            "`generator_start` as they were"
+        )
+    net = load_network(base, dtype, variant)
+    merge(net, adapter)
+    return net
