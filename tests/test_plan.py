@@ -87,8 +87,11 @@ def census() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
+        if not isinstance(thing, torch.Tensor) or thing.device.type != "cpu":
+            continue
+        # A gradient that nobody in Python has looked at is no object of Python's yet.
+        for tensor in (thing, thing.grad) if thing.is_leaf and thing.grad is not None else (thing,):
+            storage = tensor.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return found
 
