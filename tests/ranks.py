@@ -33,7 +33,7 @@ def parity(root, world):
     for stage in ("zero0", "zero1", "zero2", "zero3", support.sharded_zero3(root / "parity")):
         label = Path(stage).stem
         flags = (*support.PARITY, *support.zero(stage), "network.checkpointing=true")
-        run = support.single(root, f"two-{label}", world, *flags)
+        run = support.single(root, f"parity-{label}", world, *flags)
         support.save(support.backtrack_weights(run), root / "parity" / f"{label}.pt", world)
 
 
@@ -251,7 +251,7 @@ def stop_recording(root, name, world, flags, at):
 
 def pretraining(root, name, world):
     start = root / "base" / "pipeline"
-    flags = (f"pretrain.start={start}", "pretrain.optimizer.eps=1e-4", "pretrain.optimizer.lr=1e-3")
+    flags = (f"pretrain.start={start}", "pretrain.ema=0.5", "pretrain.optimizer={lr: 1e-3, eps: 1e-4}")
     run = Run(support.tiny(root, name, *flags), world)
     run.stage_folder("pretrain")
     return SignalledPretraining(run, start)

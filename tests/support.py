@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -112,6 +113,16 @@ def metrics(folder: Path) -> list[dict]:
     """Metrics lines without the keys that are measurements of time and memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_alike(lines: list[dict], other: list[dict], keys: tuple[str, ...]) -> None:
+    """Metrics lines of two runs of the same training, to rounding. The line of a target switch has no values but these:
+    what costs a look at the device is not in it."""
+    for mine, theirs in zip(lines, other, strict=True):
+        assert mine.keys() == theirs.keys() and mine["target_node"] == theirs["target_node"]
+        for key in keys:
+            assert theirs[key] == (mine[key] and pytest.approx(mine[key], rel=2e-3)), key
+    assert any(line["mismatch"] is not None for line in lines)
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
