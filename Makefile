@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 C := configs/digits.yaml
+WORKERS ?= 2
 
 # Two small cores: one thread a process, which sleeps while it waits, is several times faster than two that spin.
 export OMP_NUM_THREADS ?= 1
@@ -32,11 +33,12 @@ demo: .venv/installed
 	$(BIN)/disback evaluate --config $(C) --watch 'evaluate.what=[teacher, start, generator]'
 	$(BIN)/disback report --config $(C)
 
+# Two workers for two cores; a file's tests stay together, since they share what was trained for them.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
 
 # The job scripts on a real Slurm of two nodes, which the tests start in a temporary folder and stop again.
 test-slurm: .venv/installed
