@@ -157,9 +157,8 @@ class Backtracking(TrainStage):
     ) -> tuple[Tensor, Conditioning, Tensor]:
         """The generator's micro-step, in `generator_split` pieces; returns its samples, detached, their conditioning, and
         the mismatch on them."""
-        cond = self.encode(
-            batch.captions, batch.cached
-        )  # whole: the last bit of a fresh text state depends on its batch
+        # Whole: the last bit of a fresh text state depends on its batch.
+        cond = self.encode(batch.captions, batch.cached)
         size, parts = self.micro // self.settings.generator_split, []
         for rows in (slice(low, low + size) for low in range(0, self.micro, size)):
             piece = cond.map(lambda v, rows=rows: v[rows])

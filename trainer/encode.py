@@ -20,7 +20,7 @@ from models.checks import check_fit, check_pipeline
 from models.kernels import set_tf32
 from models.sampler import Sampler
 from trainer.cache import fingerprint
-from trainer.errors import UserError
+from trainer.errors import RankError, UserError
 
 SAY_EVERY = 10.0  # seconds between lines of progress
 
@@ -117,7 +117,7 @@ class Encoding:
             found |= {"states": cond.states} | ({} if cond.pooled is None else {"pooled": cond.pooled})
         for name, value in found.items():
             if not torch.isfinite(value).all():
-                raise UserError(f"{name} of {samples[0]['key']} or its neighbours is not finite: use --precision fp32")
+                raise RankError(f"{name} of {samples[0]['key']} or its neighbours is not finite: use --precision fp32")
         return {name: value.to(self.dtype).cpu() for name, value in found.items()}
 
     def samples(
@@ -183,7 +183,7 @@ def _is_made(tar: Path, encoding: Encoding) -> bool:
     if record == encoding.made_by:
         return True
     wrong = [key for key, value in encoding.made_by.items() if not record or record[key] != value]
-    raise UserError(f"{tar} is there and was made with another {', '.join(wrong)}: name another --out, or remove it")
+    raise RankError(f"{tar} is there and was made with another {', '.join(wrong)}: name another --out, or remove it")
 
 
 def _duration(seconds: float) -> str:
