@@ -21,14 +21,16 @@ class Batch:
     """One rank's micro-batch of B samples.
 
     images: float32 [B, 3, R, R] in [-1, 1]; original_sizes, crops: int64 [B, 2], (height, width) and (top, left) in
-    pixels; all three None without images. index: each sample's place in the step's global batch, for per-sample noise.
-    skipped: rejected samples by reason.
+    pixels; None without images, the sizes given with cached tensors too. cached: of encoded shards, what was wanted of
+    latent_mean, latent_std [B, C, h, w], states [B, L, D] and pooled [B, P]; see data.cache. index: each sample's place in
+    the step's global batch, for per-sample noise. skipped: rejected samples by reason.
     """
 
     captions: list[str]
     images: Tensor | None
     original_sizes: Tensor | None
     crops: Tensor | None
+    cached: dict[str, Tensor]
     meta: list[dict]
     index: list[int]
     skipped: dict[str, int]
@@ -58,7 +60,7 @@ class Batches:
             _Reader(dataset),
             batch_sampler=_Plan(start_step, *self._split),
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH if workers else None,
             # Its own generator: the loader would otherwise draw a seed from the global one, and a resumed run differ.
@@ -118,19 +120,21 @@ class _Reader(Dataset):
             return error
 
 
-def _collate(samples: list[dict] | DataError) -> dict | DataError:
+def collate(samples: list[dict] | DataError) -> dict | DataError:
     """Stacks samples into Batch's fields, all but `index`. A plain dict, so that the loader can pin its tensors."""
     if isinstance(samples, DataError):
         return samples
     skipped: Counter[str] = Counter()
     for sample in samples:
         skipped.update(sample["skipped"])
-    images = "image" in samples[0]
+    images, sizes = "image" in samples[0], "crop" in samples[0]
+    names = samples[0].get("cached", ())
     return {
         "captions": [sample["caption"] for sample in samples],
         "images": torch.stack([sample["image"] for sample in samples]) if images else None,
-        "original_sizes": torch.tensor([sample["original_size"] for sample in samples]) if images else None,
-        "crops": torch.tensor([sample["crop"] for sample in samples]) if images else None,
+        "original_sizes": torch.tensor([sample["original_size"] for sample in samples]) if sizes else None,
+        "crops": torch.tensor([sample["crop"] for sample in samples]) if sizes else None,
+        "cached": {name: torch.stack([sample["cached"][name] for sample in samples]) for name in names},
         "meta": [sample["meta"] for sample in samples],
         "skipped": dict(skipped),
     }

@@ -113,14 +113,17 @@ def load_index(tar: Path) -> ShardIndex:
     return index
 
 
-def usable_rows(index: ShardIndex, caption_key: str | None, image_keys: list[str] | None) -> tuple[np.ndarray, Counter]:
+def usable_rows(
+    index: ShardIndex, caption_key: str | None, image_keys: list[str] | None, cache_key: str | None = None
+) -> tuple[np.ndarray, Counter]:
     """Rows int64 [M] of the samples that have what is wanted (None: not wanted), and the others counted by reason.
 
     Raises DataError if no sample is left: a shard without captions is a mistake in building it, not noise.
     """
     rejects: Counter[str] = Counter()
     usable = np.ones(len(index), dtype=bool)
-    for what, extensions in (("caption", [caption_key] if caption_key else None), ("image", image_keys)):
+    caption_keys, cache_keys = ([key] if key else None for key in (caption_key, cache_key))
+    for what, extensions in (("caption", caption_keys), ("image", image_keys), ("encoded tensors", cache_keys)):
         if extensions is not None:
             there = index.member(extensions)[1] > 0
             rejects[f"no {what} (.{', .'.join(extensions)})"] += int((usable & ~there).sum())

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.batches import Batch, Batches
+from data.cache import MEMBER, RECORD, TENSORS, check_same, made_by, unpack
 from data.config import DataConfig
 from data.errors import DataError
 from data.images import decode, fit
@@ -43,19 +44,29 @@ class ShardDataset(Dataset):
         image_keys: list[str] = DEFAULTS.image_keys,
         caption_key: str = DEFAULTS.caption_key,
     ):
-        """want: what to read of "image", "caption" and "meta"; the rest costs no read. Raises DataError if a shard
-        cannot be read or holds no usable sample, ValueError for an unknown `want`."""
-        if unknown := set(want) - {"image", "caption", "meta"}:
-            raise ValueError(f"want names {sorted(unknown)}: known are image, caption, meta")
+        """want: what to read of "image", "caption" and "meta", and of encoded samples "latents" and "text"; the rest
+        costs no read. Raises DataError if a shard cannot be read or holds no usable sample, or if encoded shards and
+        others are mixed, ValueError for an unknown `want`."""
+        if unknown := set(want) - {"image", "caption", "meta", *TENSORS}:
+            raise ValueError(f"want names {sorted(unknown)}: known are image, caption, meta, {', '.join(TENSORS)}")
+        cached = not TENSORS.keys().isdisjoint(want)
         self.paths, self.resolution, self.want = [Path(p) for p in paths], resolution, frozenset(want)
+        reads = self.want - TENSORS.keys() | ({"cache", "meta"} if cached else set())
         self.rejected: Counter[str] = Counter()
-        extensions = {"image": image_keys, "caption": [caption_key], "meta": ["json"]}
-        columns: dict[str, list[np.ndarray]] = {what: [] for what in self.want}
+        extensions = {"image": image_keys, "caption": [caption_key], "meta": ["json"], "cache": [MEMBER]}
+        columns: dict[str, list[np.ndarray]] = {what: [] for what in reads}
         self._keys: list[np.ndarray] = []  # one array a shard: the longest key of all would set the width of one array
+        first, self.made_by = None, None  # the first shard's index, and what made all shards, if they are encoded
         for path in self.paths:
             index = load_index(path)
+            if first is None:
+                first, self.made_by = index, made_by(index)
+            check_same(first, self.made_by, index)
             rows, rejects = usable_rows(
-                index, caption_key if "caption" in want else None, image_keys if "image" in want else None
+                index,
+                caption_key if "caption" in want else None,
+                image_keys if "image" in want else None,
+                MEMBER if cached else None,
             )
             self.rejected += rejects
             self._keys.append(index.keys[rows])
@@ -90,8 +101,8 @@ class ShardDataset(Dataset):
         return file
 
     def _read(self, row: int, what: str) -> bytes:
-        """The bytes of a sample's caption, image or meta; empty if it has none or it is not wanted."""
-        if what not in self.want or self._places[what][row, 1] <= 0:
+        """The bytes of a sample's caption, image, meta or cache; empty if it has none or it is not wanted."""
+        if what not in self._places or self._places[what][row, 1] <= 0:
             return b""
         offset, size = self._places[what][row].tolist()
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
@@ -124,9 +135,17 @@ class ShardDataset(Dataset):
         return {"key": self.locate(row)[1], "caption": caption, "meta": meta}
 
     def read(self, row: int) -> dict:
-        """A sample by row: as `read_text` and, if wanted, image float32 [3, R, R] in [-1, 1], original_size (h, w) and
-        crop (top, left) in pixels. Raises Reject if it is broken, DataError if its shard is."""
+        """A sample by row: as `read_text` and, if wanted, image float32 [3, R, R] in [-1, 1] or cached (tensors by name,
+        see data.cache), and with either original_size (h, w) and crop (top, left) in pixels. Raises Reject if it is
+        broken, DataError if its shard is."""
         sample = self.read_text(row)
+        if "cache" in self._places:
+            record = sample["meta"].get(RECORD)
+            try:
+                sample["cached"] = unpack(self._read(row, "cache"), self.want)
+                sample["original_size"], sample["crop"] = tuple(record["original_size"]), tuple(record["crop"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise Reject("encoded tensors or their record are damaged") from error
         if "image" in self.want:
             try:
                 image = decode(self._read(row, "image"))

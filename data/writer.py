@@ -36,7 +36,7 @@ def write_shards(
     stream = iter(samples)
     for first in stream:
         final = out / f"{prefix}-{len(shards):06d}.tar"
-        _write_one(chain([first], islice(stream, per_shard - 1)), final)
+        write_shard(chain([first], islice(stream, per_shard - 1)), final)
         shards.append(final)
     for stale in set(existing) - set(shards):
         stale.unlink()
@@ -50,7 +50,9 @@ def shards_of(out: Path, prefix: str) -> list[Path]:
     return sorted(file for file in out.iterdir() if name.fullmatch(file.name)) if out.is_dir() else []
 
 
-def _write_one(samples: Iterable[dict], final: Path) -> None:
+def write_shard(samples: Iterable[dict], final: Path) -> None:
+    """One shard and its index; the shard gets its name only when it is whole. Raises DataError if it cannot be
+    written."""
     temporary = final.with_name(final.name + ".tmp")
     try:
         handle = temporary.open("wb")

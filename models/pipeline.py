@@ -134,10 +134,11 @@ def load_schedule(pipeline: Path, shift: float = 1.0) -> Schedule:
     return Schedule.from_config(read_json(Path(pipeline) / "scheduler" / "scheduler_config.json"), shift)
 
 
-def weights_hash(folder: Path, variant: str = "") -> str:
-    """sha256 over a weights folder's safetensors files, in name order, as hexadecimal. Raises ModelError."""
+def weights_hash(folder: Path, variant: str = "", stem: str = "diffusion_pytorch_model") -> str:
+    """sha256 over a weights folder's safetensors files, in name order, as hexadecimal; arguments as in `weight_files`.
+    Raises ModelError."""
     digest = hashlib.sha256()
-    for file in weight_files(folder, variant):
+    for file in weight_files(folder, variant, stem):
         with file.open("rb") as handle:
             while block := handle.read(1 << 24):
                 digest.update(block)

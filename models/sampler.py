@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.diffusion import Schedule
 from models.networks import predict_guided
+from models.parking import awake
 from models.pipeline import load_schedule, load_vae
 from models.student import Student
 from models.text import TextEncoder
@@ -73,14 +74,26 @@ class Sampler:
     def decode(self, latents: Tensor) -> Tensor:
         """The diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return to_uint8(self.vae.decode(latents, return_dict=False)[0])
+        with awake([self.vae], latents.device):
+            return to_uint8(self.vae.decode(latents, return_dict=False)[0])
 
     @torch.no_grad()
     def encode(self, images: Tensor, eps: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1], drawn from the autoencoder's posterior with the
         standard normal eps [B, C, h, w]."""
-        posterior = self.vae.encode(images).latent_dist
-        return self.scaled(posterior.mean + posterior.std * eps)
+        mean, std = self.posterior(images)
+        return self.drawn(mean, std, eps)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, C, h, w] of the autoencoder's own, unscaled latents of images [B, 3, H, W]."""
+        with awake([self.vae], images.device):
+            posterior = self.vae.encode(images).latent_dist
+        return posterior.mean, posterior.std
+
+    def drawn(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+        """Scaled latents drawn from a posterior with the standard normal eps, all [B, C, h, w]."""
+        return self.scaled(mean + std * eps)
 
     @torch.no_grad()
     def student(self, net: nn.Module, captions: list[str], noise: ImageNoise, timesteps: tuple[int, ...]) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from models.conditioning import Conditioning, square_time_ids
-from models.families import family_of
-from models.pipeline import load_text
+from models.families import family_of, read_json
+from models.parking import awake
+from models.pipeline import load_text, text_encoders
 
 
 class TextEncoder:
@@ -22,6 +23,8 @@ class TextEncoder:
         self.family = family_of(pipeline)
         self.parts = load_text(pipeline, dtype, device, variant)
         self.device = device
+        names = text_encoders(read_json(Path(pipeline) / "model_index.json"))
+        self.encoders = [getattr(self.parts, name) for name in names]
         self.empty = None if self.family.empty_is_zero(self.parts) else self._text([""])
 
     @property
@@ -31,7 +34,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def _text(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
-        return self.family.encode(self.parts, captions, self.device)
+        with awake(self.encoders, self.device):
+            return self.family.encode(self.parts, captions, self.device)
 
     def encode(self, captions: list[str], time_ids: Tensor | int) -> Conditioning:
         """Conditioning of B captions; time_ids: [B, 6], or the resolution in pixels of uncropped square images. A

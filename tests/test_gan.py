@@ -141,7 +141,7 @@ def counted(run, steps=2) -> tuple[dict, float]:
 
     with sdpa_kernel(SDPBackend.MATH):  # the one that the counter counts on a CPU
         whole = flops(lambda: [stage.update(step, Meters(), 9) for step in range(steps)])
-        whole -= steps * flops(lambda: stage._encode(["a handwritten seven"] * stage.micro))
+        whole -= steps * flops(lambda: stage.encode(["a handwritten seven"] * stage.micro, {}))
         if stage.gan:
             latents = torch.zeros(stage.micro, *LATENTS)
             whole -= steps * flops(lambda: stage.sampler.encode(torch.zeros(stage.micro, 3, 8, 8), latents))

@@ -10,6 +10,7 @@ from models.gan import GanSettings, generator_gradient, head_loss, judged
 from models.networks import predict
 from models.noise import SampleNoise
 from models.sampler import Sampler
+from trainer.cache import batch_latents
 from trainer.engines import Role
 from trainer.telemetry import Meters
 
@@ -68,9 +69,8 @@ class Adversary:
         else:
             prediction = predict(self.fake_score, x_t, t, cond)
             _, fake_logits = judged(self.fake_score, *self._noised(x0, "gan fake", step, batch.index), cond, "only")
-        images = batch.images.to(x0.device, non_blocking=True)
         posterior = self.noise.normal("real posterior", step, batch.index, tuple(x0.shape[1:]))
-        real = self.sampler.encode(images, posterior)
+        real = batch_latents(batch, self.sampler, posterior)
         real_logits = judged(self.fake_score, *self._noised(real, "real", step, batch.index), real_cond, "only")[1]
         denoising, head = mse_loss(prediction, target), head_loss(fake_logits, real_logits)
         meters.add("loss/fake_score", denoising)

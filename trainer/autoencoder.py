@@ -31,7 +31,7 @@ class Reconstruction(nn.Module):
 class AutoencoderTraining(TrainStage):
     def __init__(self, run: Run, start: Path):
         settings = run.settings.pretrain.autoencoder
-        super().__init__("autoencoder", run, settings, images=True, where="pretrain.autoencoder")
+        super().__init__("autoencoder", run, settings, images=True, pipeline=None, where="pretrain.autoencoder")
         vae = load_vae(start)
         self.latent_shape = run.sampler(start).latent_shape
         # float32 always: it is small, and its errors would be everybody's.

@@ -44,7 +44,7 @@ from trainer.telemetry import Meters, log
 class Backtracking(TrainStage):
     def __init__(self, run: Run):
         settings, s = run.settings.backtrack, run.settings
-        super().__init__("backtrack", run, settings, images=s.gan.enabled)
+        super().__init__("backtrack", run, settings, images=s.gan.enabled, pipeline=run.pipeline_folder)
         if settings.steps % settings.fake_updates:
             raise UserError(
                 f"backtrack.steps={settings.steps} is not a multiple of backtrack.fake_updates={settings.fake_updates}: the "
@@ -64,7 +64,7 @@ class Backtracking(TrainStage):
         if settings.path != "none":
             folders = s.path_folder, run.teacher_folder, run.start_folder
             path = open_path(*folders, s.student_timesteps, run.world, s.lora, s.variant)
-        self.sampler = run.sampler(run.pipeline_folder)
+        self.sampler = self.open_sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.student = Student(self.schedule, s.student_timesteps)
         self.objective = OBJECTIVES[settings.objective]
@@ -140,7 +140,7 @@ class Backtracking(TrainStage):
             elif settings.reuse_x0:
                 x0, cond = self.kept[part]
             else:
-                cond = self._encode(batch.captions)
+                cond = self.encode(batch.captions, batch.cached)
                 with torch.no_grad():
                     x0 = self._sample(step, batch.index, cond)
             loss = self._fake_score_loss(step, batch, x0, cond, meters)
@@ -149,9 +149,6 @@ class Backtracking(TrainStage):
             self.ema.update(self.generator.local())
             self.target.observe(step // settings.fake_updates, torch.stack(mismatches).mean(), self._mean)
         return self.rates_and_target() if switched else None
-
-    def _encode(self, captions: list[str]) -> Conditioning:
-        return self.sampler.text.encode(captions, self.sampler.resolution)
 
     def _sample(self, step: int, index: list[int], cond: Conditioning) -> Tensor:
         shape = self.sampler.latent_shape
@@ -163,7 +160,7 @@ class Backtracking(TrainStage):
         if self.gan:
             reused = self.settings.reuse_x0 and step % self.settings.fake_updates
             real_cond = (
-                self._encode(batch.captions) if reused else cond
+                self.encode(batch.captions, batch.cached) if reused else cond
             )  # reused samples have an earlier batch's captions
             return self.gan.update_loss(x0, eps, t, cond, real_cond, step, batch, meters)
         loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
@@ -175,7 +172,8 @@ class Backtracking(TrainStage):
     ) -> tuple[Tensor, Conditioning, Tensor]:
         """The generator's micro-step, in `generator_split` pieces; returns its samples, detached, their conditioning, and
         the mismatch on them."""
-        cond = self._encode(batch.captions)  # whole: the last bit of a text state depends on its batch
+        # Whole: the last bit of a fresh text state depends on its batch.
+        cond = self.encode(batch.captions, batch.cached)
         size, parts = self.micro // self.settings.generator_split, []
         for rows in (slice(low, low + size) for low in range(0, self.micro, size)):
             piece = cond.map(lambda v, rows=rows: v[rows])

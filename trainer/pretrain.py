@@ -17,6 +17,7 @@ from models.miniature import build_miniature
 from models.networks import denoising_loss
 from models.pipeline import replace_folder
 from trainer.autoencoder import train_autoencoder
+from trainer.cache import batch_latents
 from trainer.command import run_verb
 from trainer.distributed import barrier
 from trainer.loop import train
@@ -32,8 +33,8 @@ class Pretraining(TrainStage):
 
     def __init__(self, run: Run, start: Path):
         settings = run.settings.pretrain
-        super().__init__("pretrain", run, settings, images=True)
-        self.sampler = run.sampler(start)
+        super().__init__("pretrain", run, settings, images=True, pipeline=start)
+        self.sampler = self.open_sampler(start)
         self.schedule = self.sampler.schedule
         self.teacher = self.role(
             "teacher", start / self.sampler.text.family.part, settings.ds_config, settings.optimizer
@@ -45,12 +46,11 @@ class Pretraining(TrainStage):
     def update(self, step: int, meters: Meters, until_log: int) -> None:
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         for batch in self.micro_batches(meters):
-            images = batch.images.to(self.world.device, non_blocking=True)
             posterior = self.noise.normal("posterior", step, batch.index, self.sampler.latent_shape)
-            x0 = self.sampler.encode(images, posterior)
+            x0 = batch_latents(batch, self.sampler, posterior)
             resolution = self.run.settings.data.resolution
             time_ids = image_time_ids(batch.original_sizes, batch.crops, resolution).to(self.world.device)
-            cond = self.sampler.text.encode(batch.captions, time_ids)
+            cond = self.encode(batch.captions, batch.cached, time_ids)
             cond = cond.dropped(self.noise.uniform("dropout", step, batch.index) < self.settings.caption_dropout)
             t = self.schedule.timesteps(self.noise.uniform("t", step, batch.index))
             eps = self.noise.normal("eps", step, batch.index, tuple(x0.shape[1:]))

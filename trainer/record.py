@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.batches import collate
 from data.order import Split
 from models.conditioning import Conditioning
 from models.flops import forward_flops
@@ -39,10 +40,10 @@ class Recording(TrainStage):
 
     def __init__(self, run: Run):
         settings = run.settings.record
-        super().__init__("record", run, settings, images=False)
+        super().__init__("record", run, settings, images=False, pipeline=run.pipeline_folder)
         s = run.settings
         self.check_lora(run.teacher_folder)
-        self.sampler = run.sampler(run.pipeline_folder)
+        self.sampler = self.open_sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.student = Student(self.schedule, s.student_timesteps)
         self.generator = self.role("generator", run.start_folder, settings.teacher_ds_config)
@@ -79,9 +80,6 @@ class Recording(TrainStage):
         if self.world.main:
             self.candidates.mkdir(parents=True, exist_ok=True)
 
-    def _encode(self, captions: list[str]) -> Conditioning:
-        return self.sampler.text.encode(captions, self.sampler.resolution)
-
     @torch.no_grad()
     def _make_probe(self) -> list[tuple[Tensor, Tensor, Conditioning]]:
         """This rank's fixed (x_t, t, conditioning) of the probe, in micro-batches: the same samples for every world
@@ -90,8 +88,8 @@ class Recording(TrainStage):
         shape = self.sampler.latent_shape
         for low in range(0, len(numbers), self.micro):
             index = numbers[low : low + self.micro]
-            captions = [self.dataset[i % len(self.dataset)]["caption"] for i in index]
-            cond = self._encode(captions)
+            samples = collate([self.dataset[i % len(self.dataset)] for i in index])
+            cond = self.encode(samples["captions"], samples["cached"])
             x0 = self.student.every_step(self.generator, cond, self.noise, "probe z", index, shape)
             t = self.schedule.timesteps(self.noise.uniform("probe t", 0, index), 0.02, 0.98)
             eps = self.noise.normal("probe eps", 0, index, shape)
@@ -112,7 +110,7 @@ class Recording(TrainStage):
         self.rate = learning_rate(self.settings.optimizer, step, self.steps)
         shape = self.sampler.latent_shape
         for batch in self.micro_batches(meters):
-            cond = self._encode(batch.captions)
+            cond = self.encode(batch.captions, batch.cached)
             with torch.no_grad():
                 x0 = self.student.training_sample(self.generator, cond, self.noise, step, batch.index, shape)
             t = self.schedule.timesteps(self.noise.uniform("t", step, batch.index))

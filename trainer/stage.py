@@ -16,12 +16,14 @@ from torchvision.utils import make_grid
 from data.batches import Batch, Batches
 from data.order import Split
 from models.attention import attention_shapes, choose, install, prefer, report
+from models.conditioning import Conditioning
 from models.ema import Ema
 from models.kernels import channels_last, compile_blocks, set_tf32
 from models.lora import attach, check_targets
 from models.networks import predict
 from models.pipeline import empty_network, weights_hash
 from models.sampler import ImageNoise, Sampler
+from trainer.cache import choose_inputs, rest, text_conditioning
 from trainer.distributed import mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
 from trainer.errors import UserError
@@ -43,11 +45,22 @@ class TrainStage:
     sampler: Sampler
     needs: Sequence[str] = ()
 
-    def __init__(self, name: str, run: Run, settings: TrainSettings, images: bool, where: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        run: Run,
+        settings: TrainSettings,
+        images: bool,
+        pipeline: Path | None,
+        where: str | None = None,
+    ):
+        """images: whether the stage trains on images. pipeline: the folder whose parts may have encoded the shards; None
+        for a stage that reads plain ones only. where: the stage's section of the settings, if that is not its name."""
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
         self.steps, self.batch = settings.steps, settings.batch
         self.micro = micro_batch(settings.batch, settings.accumulation, run.world, where or name)
-        self.dataset = run.dataset("train", ("image", "caption") if images else ("caption",))
+        self.inputs = choose_inputs(run, images, pipeline)
+        self.dataset = run.dataset("train", self.inputs)
         if self.dataset.rejected:
             log.warning(f"{name}: left out of the shards: {dict(self.dataset.rejected)}")
         self.split = Split(run.world.size, self.micro, settings.accumulation)
@@ -65,6 +78,9 @@ class TrainStage:
         self.identity = {f"{name}.{k}": v for k, v in private.items() if not k.endswith("ds_config")}
         self.identity |= {"timestep_shift": run.settings.timestep_shift}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}
+        if cached := [what for what in self.inputs if what in ("latents", "text")]:
+            log.info(f"{name}: {' and '.join(cached)} come encoded from the shards")
+            self.identity["data.cached"] = [*cached, self.dataset.made_by]
 
     def role(
         self,
@@ -170,6 +186,19 @@ class TrainStage:
             meters.add("data_seconds", time.monotonic() - began)
             self.skipped.update(batch.skipped)
             yield batch
+
+    def open_sampler(self, pipeline: Path) -> Sampler:
+        """Text encoders, autoencoder and schedule of a pipeline; what only previews use waits on the host."""
+        sampler = self.run.sampler(pipeline)
+        rest(sampler, self.inputs)
+        return sampler
+
+    def encode(
+        self, captions: list[str], cached: dict[str, Tensor], time_ids: Tensor | int | None = None
+    ) -> Conditioning:
+        """Conditioning of captions or of their cached text; time_ids: None for uncropped square images."""
+        time_ids = self.sampler.resolution if time_ids is None else time_ids
+        return text_conditioning(captions, cached, self.sampler, self.run.dtype, time_ids)
 
     def preview_captions(self) -> list[str]:
         """Captions of the sample grids: the configured prompts, else the first ones of the shards."""

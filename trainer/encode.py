@@ -1,0 +1,193 @@
+"""`disback shards --encode`: latents and text states of shards, computed once instead of at every use."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.cache import MEMBER, RECORD, made_by, pack
+from data.errors import DataError
+from data.index import load_index
+from data.reader import Reject, ShardDataset
+from data.writer import write_shard
+from models.checks import check_fit, check_pipeline
+from models.kernels import set_tf32
+from models.sampler import Sampler
+from trainer.cache import fingerprint
+from trainer.errors import RankError, UserError
+
+SAY_EVERY = 10.0  # seconds between lines of progress
+
+
+@dataclass(frozen=True)
+class Part:
+    """This process's share: shard i belongs to rank i % size. Nothing is communicated."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def of_environment(cls) -> "Part":
+        """By RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises UserError."""
+        rank, size, local = (
+            os.environ.get(name, d) for name, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+        try:
+            rank, size, local = int(rank), int(size), int(local)
+        except ValueError as error:
+            raise UserError(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}: must be whole numbers") from error
+        if not 0 <= rank < size:
+            raise UserError(f"RANK={rank} is not one of WORLD_SIZE={size} processes: set 0 to {size - 1}")
+        gpus = torch.cuda.device_count()
+        return cls(rank, size, torch.device("cuda", local % gpus) if gpus else torch.device("cpu"))
+
+
+class _Rows(Dataset):
+    """A shard's samples by row; one that is broken is its Reject, and what ends the work its DataError: as values, since
+    a loader process would wrap them in its traceback."""
+
+    def __init__(self, dataset: ShardDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict | Reject | DataError:
+        try:
+            return self.dataset.read(row)
+        except (Reject, DataError) as error:
+            return error
+
+
+class Progress:
+    """Lines of progress with the time that is left, for this process's samples."""
+
+    def __init__(self, total: int, part: Part):
+        self.total, self.done = total, 0
+        self.who = f"rank {part.rank}: " if part.size > 1 else ""
+        self.began = self.said = time.monotonic()
+
+    def add(self, samples: int) -> None:
+        self.done += samples
+        if time.monotonic() - self.said >= SAY_EVERY:
+            self.said = time.monotonic()
+            rate = self.done / (self.said - self.began)
+            left = (self.total - self.done) / rate
+            self.say(f"{self.done} of {self.total} samples, {rate:.1f} a second, {_duration(left)} left")
+
+    def say(self, line: str) -> None:
+        print(self.who + line, flush=True)
+
+
+class Encoding:
+    """Encodes shards with the parts of a pipeline folder.
+
+    The autoencoder computes in float32; `dtype` is what the text encoders compute in and what is stored.
+    """
+
+    def __init__(
+        self, pipeline: Path, resolution: int, text: bool, dtype: torch.dtype, variant: str, device: torch.device
+    ):
+        """Raises ModelError for a pipeline that is not whole or does not fit the resolution."""
+        check_fit(check_pipeline(pipeline, variant), resolution, (), variant)
+        set_tf32(dtype != torch.float32)
+        self.resolution, self.text, self.dtype = resolution, text, dtype
+        self.made_by = {
+            "resolution": resolution,
+            "vae": fingerprint(pipeline, "vae", variant),
+            "text": fingerprint(pipeline, "text", variant) if text else None,
+            "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        }
+        self.sampler = Sampler.load(pipeline, resolution, dtype, device, variant)
+
+    def tensors(self, samples: list[dict]) -> dict[str, Tensor]:
+        """latent_mean, latent_std [B, C, h, w] and, if wanted, states [B, L, D], pooled [B, P], on the host."""
+        device = self.sampler.text.device
+        images = torch.stack([sample["image"] for sample in samples]).to(device)
+        found = dict(zip(("latent_mean", "latent_std"), self.sampler.posterior(images), strict=True))
+        if self.text:
+            cond = self.sampler.text.encode([sample["caption"] for sample in samples], self.resolution)
+            found |= {"states": cond.states} | ({} if cond.pooled is None else {"pooled": cond.pooled})
+        for name, value in found.items():
+            if not torch.isfinite(value).all():
+                raise RankError(f"{name} of {samples[0]['key']} or its neighbours is not finite: use --precision fp32")
+        return {name: value.to(self.dtype).cpu() for name, value in found.items()}
+
+    def samples(
+        self, dataset: ShardDataset, batch: int, workers: int, progress: Progress, rejects: Counter
+    ) -> Iterator[dict]:
+        """A shard's samples, encoded, as data.writer takes them; broken ones are left out and counted."""
+        for read in DataLoader(_Rows(dataset), batch, num_workers=workers, collate_fn=list):
+            good = []
+            for sample in read:
+                if isinstance(sample, DataError):
+                    raise sample
+                if isinstance(sample, Reject):
+                    rejects[str(sample)] += 1
+                else:
+                    good.append(sample)
+            if good:
+                tensors = self.tensors(good)
+                for row, sample in enumerate(good):
+                    record = self.made_by | {"original_size": sample["original_size"], "crop": sample["crop"]}
+                    yield {
+                        "__key__": sample["key"],
+                        MEMBER: pack({name: value[row] for name, value in tensors.items()}),
+                        "txt": sample["caption"],
+                        "json": sample["meta"] | {RECORD: record},
+                    }
+            progress.add(len(read))
+
+
+def encode_shards(paths: list[Path], out: Path, encoding: Encoding, part: Part, batch: int, workers: int) -> None:
+    """Writes out/NAME.tar, encoded, for this process's of the shards `paths`. One that is there, made by the same parts,
+    is left as it is.
+
+    Raises UserError if two shards have one name or a shard of other parts has the name; DataError for a shard that cannot
+    be read or written.
+    """
+    if twice := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
+        raise UserError(f"--encode: two shards are named {twice[0]}, and would be one in {out}: encode them one by one")
+    if any(path.resolve().parent == out.resolve() for path in paths):
+        raise UserError(f"--out {out} is where the shards themselves are: name another folder")
+    mine = paths[part.rank :: part.size]
+    left = [path for path in mine if not _is_made(out / path.name, encoding)]
+    progress = Progress(sum(len(load_index(path)) for path in left), part)
+    if len(left) < len(mine):
+        progress.say(f"{len(mine) - len(left)} of {len(mine)} shards are there already")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}: choose another folder") from error
+    for number, path in enumerate(left, 1):
+        dataset = ShardDataset([path], encoding.resolution, ("image", "caption", "meta"))
+        rejects = Counter(dataset.rejected)
+        try:
+            write_shard(encoding.samples(dataset, batch, workers, progress, rejects), out / path.name)
+        finally:
+            dataset.close()
+        progress.say(f"{out / path.name}: shard {number} of {len(left)}; left out: {dict(rejects) or 'none'}")
+
+
+def _is_made(tar: Path, encoding: Encoding) -> bool:
+    if not tar.exists():
+        return False
+    record = made_by(load_index(tar))
+    if record == encoding.made_by:
+        return True
+    wrong = [key for key, value in encoding.made_by.items() if not record or record[key] != value]
+    raise RankError(f"{tar} is there and was made with another {', '.join(wrong)}: name another --out, or remove it")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under a minute"
+    )
