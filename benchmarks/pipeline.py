@@ -11,11 +11,11 @@ from models.architecture import FACTS, TEXT_ENCODERS
 from models.families import read_json
 from models.tokenizer import clip_tokenizer
 
-# SDXL's topology (three levels; 0, 2 and 10 transformer layers; text_time conditioning) at a hundredth of its widths.
+# SDXL's topology (three levels; 0, 2 and 10 transformer layers; text_time conditioning) at a twentieth of its widths.
 SMALL = {
     "unet": {
-        "block_out_channels": [32, 64, 128], "attention_head_dim": [1, 2, 4], "cross_attention_dim": 64,
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8, "norm_num_groups": 16,
+        "block_out_channels": [16, 32, 64], "attention_head_dim": [1, 2, 4], "cross_attention_dim": 64,
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8, "norm_num_groups": 8,
     },
     "vae": {"block_out_channels": [16, 16, 16, 16], "norm_num_groups": 8},
     "text": {

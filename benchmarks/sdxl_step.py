@@ -71,7 +71,9 @@ def child(what: str, root: Path, args: argparse.Namespace, *overrides: str) -> d
     (root / RESULT).unlink(missing_ok=True)
     call = [sys.executable, "-m", "benchmarks.sdxl_step", "--child", what, "--root", str(root)]
     call += ["--steps", str(args.steps), *(["--small"] if args.small else []), *args.overrides, *overrides]
-    code = subprocess.run(call, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}).returncode
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    # What DeepSpeed prints is not the table.
+    code = subprocess.run(call, cwd=REPOSITORY, env=env, stdout=sys.stderr).returncode
     if (root / RESULT).exists():
         return json.loads((root / RESULT).read_text())
     hint = " (killed: host memory?)" if code == -9 else ""
@@ -86,8 +88,8 @@ def planned(name: str, settings: RunSettings, architecture: Architecture) -> dic
     return {kind: (max(values) - RUNTIME) / 1e9 for kind, values in found.items() if values}
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def table(rows: list[dict]) -> str:
@@ -99,7 +101,7 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         begin = f"| {row['stage']} | {row['attention']}"
-        plan = {kind: f"({_number(row['plan'].get(kind), 2)})" for kind in (TURN, UPDATE)}
+        plan = {kind: f"({_number(row['plan'].get(kind), '.2f')})" for kind in (TURN, UPDATE)}
         if "reason" in row:
             empty = " | ".join("-" * 7)
             lines.append(f"{begin}: {row['reason'].replace('|', '/')} | {empty} | {plan[TURN]} | {plan[UPDATE]} |")
@@ -109,7 +111,7 @@ def table(rows: list[dict]) -> str:
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         cells = [_number(row["step_seconds"]), _number(turn["seconds"]), _number(update["seconds"])]
         cells += [_number(v) for v in (row["step_tflops"], turn["tflops"], update["tflops"])]
-        cells += [mfu, *(f"{_number(v['peak_gb'], 2)} {plan[k]}" for k, v in ((TURN, turn), (UPDATE, update)))]
+        cells += [mfu, *(f"{_number(v['peak_gb'], '.2f')} {plan[k]}" for k, v in ((TURN, turn), (UPDATE, update)))]
         lines.append(f"{begin}{chosen} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -147,7 +149,9 @@ def main() -> int:
         except (UserError, ModelError) as error:
             print(error, file=sys.stderr)
             return 2
-    print(f"{about['device']}, UNet of {about['parameters'] / 1e6:.1f} M parameters, {' '.join(args.overrides)}\n")
+    print(
+        f"{about['device']}, UNet of {about['parameters'] / 1e6:.1f} M parameters{''.join(f', {o}' for o in args.overrides)}\n"
+    )
     print(table(rows))
     return 0
 

@@ -2,13 +2,15 @@
 
 import pytest
 import support
+import torch
 
 from benchmarks.minimal import Minimal
 from benchmarks.sdxl_step import planned, table
-from benchmarks.stages import TURN, UPDATE, measure
+from benchmarks.stages import STAGES, TURN, UPDATE, measure
 from models.architecture import find_architecture
 from models.flops import counted
 from trainer.backtrack import Backtracking
+from trainer.record import Recording
 from trainer.run import Run
 from trainer.telemetry import Meters
 
@@ -40,6 +42,18 @@ def test_rows_of_the_stages(shards, pipeline, world):
     assert "network.attention=cudnn cannot run here" in refused["reason"]
     lines = table([*rows, rows[0] | refused]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
+
+
+class Greedy(Recording):
+    def update(self, step, meters, until_log):
+        torch.empty(1 << 50)  # a petabyte
+
+
+def test_too_little_memory_is_a_row(shards, pipeline, world, monkeypatch):
+    monkeypatch.setitem(STAGES, "record", Greedy)
+    flags = (*FLAGS, f"pipeline={pipeline}", f"path={shards / 'greedy' / 'path'}")
+    row = measure("record", support.tiny(shards, "greedy", *flags), 4, world)
+    assert "allocate memory" in row["reason"] and set(row) == {"reason"}
 
 
 @pytest.mark.parametrize("gan", [False, True])
