@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from data.errors import DataError
 from data.order import micro_batch_positions
 
 PREFETCH = 4  # micro-batches a worker holds ready
+UNREAD = {"captions": [], "images": None, "original_sizes": None, "crops": None, "meta": [], "skipped": {}}
 
 
 @dataclass
@@ -23,7 +25,8 @@ class Batch:
     images: float32 [B, 3, R, R] in [-1, 1]; original_sizes, crops: int64 [B, 2], (height, width) and (top, left) in
     pixels; None without images, the sizes given with cached tensors too. cached: of encoded shards, what was wanted of
     latent_mean, latent_std [B, C, h, w], states [B, L, D] and pooled [B, P]; see data.cache. index: each sample's place in
-    the step's global batch, for per-sample noise. skipped: rejected samples by reason.
+    the step's global batch, for per-sample noise. skipped: rejected samples by reason. A step that is
+    not read (see Batches) has its index only.
     """
 
     captions: list[str]
@@ -49,16 +52,18 @@ class Batches:
         accumulation: int = 1,
         start_step: int = 0,
         workers: int = 0,
+        every: int = 1,
     ):
-        """dataset: a ShardDataset. workers: loader processes, 0 reads in this one. Raises ValueError for a split that
-        cannot be."""
-        if min(micro_batch, world, accumulation) < 1 or not 0 <= rank < world or start_step < 0:
-            raise ValueError(f"no batches for {rank=} {world=} {micro_batch=} {accumulation=} {start_step=}")
+        """dataset: a ShardDataset. workers: loader processes, 0 reads in this one. every: only steps whose number is a
+        multiple of it are read; they see what they would see if all were. Raises ValueError for a split that cannot
+        be."""
+        if min(micro_batch, world, accumulation, every) < 1 or not 0 <= rank < world or start_step < 0:
+            raise ValueError(f"no batches for {rank=} {world=} {micro_batch=} {accumulation=} {start_step=} {every=}")
         self._split = (rank, world, micro_batch, accumulation)
-        self._part = 0
+        self._step, self._part, self._every = start_step, 0, every
         loader = DataLoader(
             _Reader(dataset),
-            batch_sampler=_Plan(start_step, *self._split),
+            batch_sampler=_Plan(start_step, every, *self._split),
             num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
@@ -75,11 +80,12 @@ class Batches:
         """The next micro-batch. Raises DataError if samples cannot be read, RuntimeError after close()."""
         if self._batches is None:
             raise RuntimeError("these batches are closed")
-        fields = next(self._batches)
+        fields = next(self._batches) if self._step % self._every == 0 else UNREAD
         if isinstance(fields, DataError):
             raise fields
         index = list(micro_batch_positions(0, self._part, *self._split))
         self._part = (self._part + 1) % self._split[-1]
+        self._step += self._part == 0
         return Batch(**fields, index=index)
 
     def close(self) -> None:
@@ -89,9 +95,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Endless lists of global positions, one a micro-batch."""
+    """Endless lists of global positions, one a micro-batch of a step that is read."""
 
     start_step: int
+    every: int
     rank: int
     world: int
     micro_batch: int
@@ -99,11 +106,9 @@ class _Plan:
 
     def __iter__(self) -> Iterator[list[int]]:
         split = (self.rank, self.world, self.micro_batch, self.accumulation)
-        step = self.start_step
-        while True:
+        for step in count(-(-self.start_step // self.every) * self.every, self.every):
             for part in range(self.accumulation):
                 yield list(micro_batch_positions(step, part, *split))
-            step += 1
 
 
 class _Reader(Dataset):

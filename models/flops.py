@@ -1,5 +1,7 @@
 """Counted, not guessed: the floating-point operations of a network."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,10 +10,17 @@ from models.families import network_family
 from models.gan import Discriminator, Head, feature_shape
 
 
-def _count(module: nn.Module, *args: object, **kwargs: object) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*args, **kwargs)
+def counted(call: Callable[[], object]) -> float:
+    """FLOP of matrix products, convolutions and attentions that a call executes, backward passes and recomputation
+    included. Not counted: flash attention on a CPU, xformers."""
+    with FlopCounterMode(display=False) as counter:
+        call()
     return float(counter.get_total_flops())
+
+
+def _count(module: nn.Module, *args: object, **kwargs: object) -> float:
+    with torch.no_grad():
+        return counted(lambda: module(*args, **kwargs))
 
 
 def forward_flops(config: dict, latent_shape: tuple[int, int, int], tokens: int) -> float:

@@ -7,6 +7,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from models.miniature import MiniatureSettings, build_miniature
 from trainer.distributed import World, start
 from trainer.pretrain import pretrain
 from trainer.quiet import no_progress_bars
@@ -28,6 +29,15 @@ def shards(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("root")
     build_digits(root / "shards")
     return root
+
+
+@pytest.fixture(scope="session")
+def pipeline(shards) -> Path:
+    """The folder of the smallest pipeline, untrained."""
+    folder = shards / "untrained"
+    settings = MiniatureSettings(unet_channels=(16, 32), vae_channels=(16, 16), text_widths=(8, 8), pooled=16)
+    build_miniature(settings).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

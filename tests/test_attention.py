@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import support
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
@@ -12,6 +13,9 @@ from models.errors import ModelError
 from models.kernels import compile_blocks
 from models.miniature import MiniatureSettings, build_miniature
 from models.networks import predict
+from trainer.backtrack import Backtracking
+from trainer.errors import UserError
+from trainer.schedules import OptimizerSettings
 
 CPU = torch.device("cpu")
 BATCH, SIDE, TOKENS = 2, 16, 16
@@ -97,6 +101,26 @@ def test_a_kernel_with_wrong_results_is_an_obstacle(unet, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
     assert "off by" in obstacle("flash", shape, torch.float32, CPU)
     assert obstacle("math", shape, torch.float32, CPU) is None and set(KERNELS) >= {"flash", "math"}
+
+
+def test_roles_that_cannot_be_laid_out_or_compiled(shards, pipeline, world):
+    flags = [f"pipeline={pipeline}", "backtrack.path=none", "network.channels_last=true"]
+    run = support.single(shards, "kernels", world, *flags)
+    folder = run.stage_folder("backtrack")
+    stage = Backtracking(run)
+    try:
+        said = (folder / "log.txt").read_text()
+        for name, role in stage.roles.items():
+            last = role.module.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+            left_out = f"{name}: network.channels_last is left out: DeepSpeed keeps these weights flat" in said
+            assert (last, left_out) == ((True, False) if name == "teacher" else (False, True)), name
+        run.settings.network.compile = True
+        missing = pipeline / "none"  # refused before anything is read
+        for name, trained in (("teacher", None), ("zero3", OptimizerSettings(lr=1e-6))):
+            with pytest.raises(UserError, match=rf"network.compile=true does not go with ZeRO-3 \(late: {name}\)"):
+                stage.role("late", missing, name, trained)
+    finally:
+        stage.close()
 
 
 @pytest.mark.slow

@@ -9,21 +9,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.miniature import MiniatureSettings, build_miniature
 from trainer.backtrack import Backtracking
 from trainer.run import Run
 from trainer.telemetry import Meters
 
 UPDATES = 3
 READS = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
-
-
-@pytest.fixture(scope="module")
-def pipeline(shards):
-    folder = shards / "calls" / "pipeline"
-    settings = MiniatureSettings(unet_channels=(16, 32), vae_channels=(16, 16), text_widths=(8, 8), pooled=16)
-    build_miniature(settings).save_pretrained(folder)
-    return folder
 
 
 def cycle(shards, pipeline, world, *overrides, watch=None):
@@ -45,6 +36,8 @@ def cycle(shards, pipeline, world, *overrides, watch=None):
 
                     role.module.register_forward_hook(count)
                 stage.sampler.text.parts.text_encoder.register_forward_hook(lambda *_: calls.update(["text"]))
+                read = stage.dataset.read
+                stage.dataset.read = lambda row, read=read: calls.update(["rows read"]) or read(row)
             if watch and step >= UPDATES:
                 with watch:
                     stage.update(step, meters, until_log=1000)
@@ -68,6 +61,7 @@ def test_networks_run_as_often_as_they_must(shards, pipeline, world, reuse, guid
     assert calls["fake_score", "grad"] == UPDATES * accumulation
     assert calls["fake_score", "no grad"] == accumulation
     assert calls["text"] == (1 + fresh) * accumulation
+    assert calls["rows read"] == (1 + fresh) * batch
 
 
 class Reads(TorchFunctionMode):

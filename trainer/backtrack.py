@@ -64,6 +64,8 @@ class Backtracking(TrainStage):
         if settings.path != "none":
             folders = s.path_folder, run.teacher_folder, run.start_folder
             path = open_path(*folders, s.student_timesteps, run.world, s.lora, s.variant)
+        if settings.reuse_x0 and not s.gan.enabled:
+            self.read_every = settings.fake_updates  # between generator turns nobody asks for captions
         self.sampler = self.open_sampler(run.pipeline_folder)
         self.schedule = self.sampler.schedule
         self.student = Student(self.schedule, s.student_timesteps)

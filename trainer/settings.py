@@ -91,8 +91,8 @@ class RecordSettings(TrainSettings):
 class BacktrackSettings(TrainSettings):
     """Stage 2. path: "walk" is the method, "warm" starts the fake score at the far node but keeps the teacher as the
     target, "none" is plain distillation. fake_updates: fake-score updates a generator update; a step is one fake-score
-    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones.
-    student_timesteps: falling timesteps of a student of several steps, such as [999, 749, 499, 249]; empty: one step at
+    update. reuse_x0: the fake updates between two generator turns see the last turn's samples instead of new ones; captions
+    are then read for turns only, except with the GAN term, which wants images. student_timesteps: falling timesteps of a student of several steps, such as [999, 749, 499, 249]; empty: one step at
     `conditioning_timestep`. generator_split: pieces that a micro-batch is cut into for the generator's turn, for memory;
     the result is the same."""
 

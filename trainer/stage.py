@@ -44,6 +44,7 @@ class TrainStage:
     flops = 0.0
     sampler: Sampler
     needs: Sequence[str] = ()
+    read_every = 1  # see data.batches.Batches
 
     def __init__(
         self,
@@ -102,17 +103,17 @@ class TrainStage:
         settings, clip = self.settings, self.settings.clip if optimizer else 0.0
         micro, accumulation = self.micro // split, settings.accumulation * split
         config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world)
-        network = empty_network(folder)
         wanted, stage = self.run.settings.network, config["zero_optimization"]["stage"]
+        if wanted.compile and stage == 3:
+            raise UserError(
+                f"network.compile=true does not go with ZeRO-3 ({name}: {ds_config}), which gathers weights inside "
+                "the compiled blocks: use zero0, zero1 or zero2, or network.compile=false"
+            )
+        network = empty_network(folder)
         if wanted.checkpointing and optimizer:
             network.enable_gradient_checkpointing()
         self._choose_kernels(network)
         if wanted.compile:
-            if stage == 3:
-                raise UserError(
-                    f"network.compile=true does not go with ZeRO-3 ({name}: {ds_config}), which gathers weights inside "
-                    "the compiled blocks: use zero0, zero1 or zero2, or network.compile=false"
-                )
             log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
         variant = self.run.settings.variant
         if adapter:
@@ -174,9 +175,8 @@ class TrainStage:
     def begin(self, step: int) -> None:
         """Opens the data at a step."""
         world, workers = self.world, self.run.settings.data.workers
-        self.batches = Batches(
-            self.dataset, world.rank, world.size, self.micro, self.settings.accumulation, step, workers
-        )
+        split = self.micro, self.settings.accumulation
+        self.batches = Batches(self.dataset, world.rank, world.size, *split, step, workers, self.read_every)
 
     def micro_batches(self, meters: Meters) -> Iterator[Batch]:
         """The micro-batches of one step; the time spent waiting for them is metered."""

@@ -44,6 +44,24 @@ def test_every_sample_once_an_epoch_across_batch_borders(shards):
     assert seen[:20] != seen[20:]
 
 
+def test_steps_that_nobody_reads_move_no_sample(shards, monkeypatch):
+    tars = shards(20)
+    wanted = steps(tars, 7, world=1, micro_batch=4)
+    read = []
+    real = ShardDataset.read
+    monkeypatch.setattr(ShardDataset, "read", lambda self, row: read.append(row) or real(self, row))
+    for start in (0, 1, 3, 4):  # also between two steps that are read
+        read.clear()
+        batches = Batches(ShardDataset(tars, 8, seed=3), 0, 1, 2, 2, start, every=3)
+        for step in range(start, 7):
+            for part, batch in enumerate(islice(batches, 2)):
+                due = [wanted[step][i] for i in batch.index] if step % 3 == 0 else []
+                assert batch.captions == due and batch.index == [2 * part, 2 * part + 1]
+                assert (batch.images is None) == (not due)
+        assert len(read) == 4 * sum(step % 3 == 0 for step in range(start, 7))
+        batches.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_exact_and_reads_nothing_again(shards, workers, monkeypatch):
     tars = shards(20)

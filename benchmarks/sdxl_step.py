@@ -1,0 +1,160 @@
+"""Steps of both stages on SDXL's own architecture with random weights, on one GPU: time, TFLOP/s, MFU, memory.
+
+    python -m benchmarks.sdxl_step [--attention auto,cudnn,flash,efficient,xformers,math] [--steps 20] [KEY=VALUE ...]
+    python -m benchmarks.sdxl_step --small      # a miniature of the same topology, on a CPU: tries the script
+
+The pipeline is written into a temporary folder, nothing is fetched. Settings are those of configs/sdxl.yaml for one
+sample a step, with optimizer states in host memory (ONE_GPU): a full fine-tune has 87 GB of states, which one GPU of
+80 GB does not hold. Overrides come after, such as lora.rank=64, network.checkpointing=false or
+backtrack.generator_ds_config=zero2. Each row is a process of its own: one that runs out of memory is a row with the
+reason, and the next begins with an empty device. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import trainer.quiet  # noqa: F401  before the libraries
+from benchmarks.pipeline import write_captions, write_sdxl
+from benchmarks.stages import STAGES, TURN, UPDATE, measure
+from models.architecture import Architecture, find_architecture
+from models.attention import NAMES
+from models.errors import ModelError
+from trainer.configfile import load_settings
+from trainer.distributed import finish, start
+from trainer.errors import UserError
+from trainer.quiet import no_progress_bars
+from trainer.settings import RunSettings
+from trainer.stageplan import PLANS, RUNTIME
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ONE_GPU = (
+    "record.batch=1", "record.probe=1", "record.nodes=1", "record.steps=1000000",
+    "record.ds_config=zero2_offload", "backtrack.batch=1", "backtrack.path=none",
+    "backtrack.generator_ds_config=zero2_offload", "backtrack.fake_score_ds_config=zero2_offload",
+)  # fmt: skip
+SMALL = ("data.resolution=64", "data.workers=0")
+RESULT = "row.json"
+
+
+def settings_of(root: Path, small: bool, overrides: list[str]) -> RunSettings:
+    places = [f"run={root / 'run'}", f"pipeline={root / 'pipeline'}", f"data.train={root / 'shards'}"]
+    fixed = [*places, *ONE_GPU, *(SMALL if small else ())]
+    return load_settings(REPOSITORY / "configs" / "sdxl.yaml", [*fixed, *overrides])
+
+
+def work(what: str, root: Path, args: argparse.Namespace) -> None:
+    """A child process: writes the pipeline, or measures one stage, and leaves the result in RESULT."""
+    no_progress_bars()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if what == "build":
+        write_captions(root / "shards", 64)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        result = {"parameters": write_sdxl(root / "pipeline", args.small, device), "device": name}
+    else:
+        world = start()
+        if world.size > 1:
+            raise SystemExit("sdxl_step measures one GPU: run it without a launcher")
+        result = measure(what, settings_of(root, args.small, args.overrides), args.steps, world)
+        finish()
+    (root / RESULT).write_text(json.dumps(result))
+
+
+def child(what: str, root: Path, args: argparse.Namespace, *overrides: str) -> dict:
+    """Runs `work` in a process of its own; a row with the reason if that process ends otherwise."""
+    (root / RESULT).unlink(missing_ok=True)
+    call = [sys.executable, "-m", "benchmarks.sdxl_step", "--child", what, "--root", str(root)]
+    call += ["--steps", str(args.steps), *(["--small"] if args.small else []), *args.overrides, *overrides]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    # What DeepSpeed prints is not the table.
+    code = subprocess.run(call, cwd=REPOSITORY, env=env, stdout=sys.stderr).returncode
+    if (root / RESULT).exists():
+        return json.loads((root / RESULT).read_text())
+    hint = " (killed: host memory?)" if code == -9 else ""
+    return {"reason": f"its process ended with code {code}{hint}, see above"}
+
+
+def planned(name: str, settings: RunSettings, architecture: Architecture) -> dict[str, float]:
+    """What `disback plan` says of the peaks, in GB, without what it assumes for CUDA: an allocator does not see that."""
+    moments = PLANS[name](settings, architecture, 1).moments
+    kinds = {TURN: ("generator",), UPDATE: ("sampling", "fake-score")}
+    found = {kind: [v for moment, v in moments.items() if moment.startswith(starts)] for kind, starts in kinds.items()}
+    return {kind: (max(values) - RUNTIME) / 1e9 for kind, values in found.items() if values}
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def table(rows: list[dict]) -> str:
+    """Rows in Markdown; what a kind of call has not is a dash."""
+    lines = [
+        "| stage | attention | step s | generator turn s | fake update s | TFLOP/s: step | turn | update | MFU "
+        "| peak GB (plan): turn | update |",
+        "|" + "---|" * 11,
+    ]
+    for row in rows:
+        begin = f"| {row['stage']} | {row['attention']}"
+        plan = {kind: f"({_number(row['plan'].get(kind), '.2f')})" for kind in (TURN, UPDATE)}
+        if "reason" in row:
+            empty = " | ".join("-" * 7)
+            lines.append(f"{begin}: {row['reason'].replace('|', '/')} | {empty} | {plan[TURN]} | {plan[UPDATE]} |")
+            continue
+        turn, update = (row[kind] or dict.fromkeys(("seconds", "peak_gb", "tflops")) for kind in (TURN, UPDATE))
+        chosen = "" if row["kernel"] == row["attention"] else f" = {row['kernel']}"
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        cells = [_number(row["step_seconds"]), _number(turn["seconds"]), _number(update["seconds"])]
+        cells += [_number(v) for v in (row["step_tflops"], turn["tflops"], update["tflops"])]
+        cells += [mfu, *(f"{_number(v['peak_gb'], '.2f')} {plan[k]}" for k, v in ((TURN, turn), (UPDATE, update)))]
+        lines.append(f"{begin}{chosen} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
+    parser.add_argument("--attention", default="auto", help=f"kernels, with commas: auto, {', '.join(NAMES)}")
+    parser.add_argument("--stages", default=",".join(STAGES), help="with commas")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps a stage (whole cycles), after a warm-up")
+    parser.add_argument("--small", action="store_true", help="a miniature, for a machine without a GPU")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made (SDXL's pipeline: 7 GB)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    if args.child:
+        work(args.child, args.root, args)
+        return 0
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        root = Path(folder)
+        try:
+            settings_of(root, args.small, args.overrides)
+            about = child("build", root, args)
+            if "reason" in about:
+                raise UserError(f"the pipeline was not written: {about['reason']}")
+            rows = []
+            for attention in args.attention.split(","):
+                for stage in args.stages.split(","):
+                    override = f"network.attention={attention}"
+                    settings = settings_of(root, args.small, [*args.overrides, override])
+                    plan = planned(stage, settings, find_architecture(settings.pipeline))
+                    row = {"stage": stage, "attention": attention, "plan": plan}
+                    rows.append(row | child(stage, root, args, override))
+                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        except (UserError, ModelError) as error:
+            print(error, file=sys.stderr)
+            return 2
+    print(
+        f"{about['device']}, UNet of {about['parameters'] / 1e6:.1f} M parameters{''.join(f', {o}' for o in args.overrides)}\n"
+    )
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
