@@ -15,7 +15,9 @@ from data.errors import DataError
 from data.order import micro_batch_positions
 
 PREFETCH = 4  # micro-batches a worker holds ready
-UNREAD = {"captions": [], "images": None, "original_sizes": None, "crops": None, "meta": [], "skipped": {}}
+UNREAD = {
+    "captions": [], "images": None, "original_sizes": None, "crops": None, "cached": {}, "meta": [], "skipped": {},
+}  # fmt: skip
 
 
 @dataclass

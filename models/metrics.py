@@ -66,3 +66,11 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[f
     precision = (between <= radii(real.double())[None, :]).any(1).double().mean()
     recall = (between <= radii(fake.double())[:, None]).any(0).double().mean()
     return float(precision), float(recall)
+
+
+def spread(x0: Tensor) -> Tensor:
+    """How much samples [B, C, H, W] differ from each other (from their own mean, if there is but one): a standard
+    deviation, a scalar. A generator that collapses makes it small."""
+    if len(x0) > 1:
+        return (x0 - x0.roll(1, 0)).square().mean().div(2).sqrt()
+    return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()

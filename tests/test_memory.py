@@ -22,8 +22,7 @@ from trainer.path import file_hash
 from trainer.record import _move
 from trainer.run import Run
 from trainer.schedules import OptimizerSettings
-from trainer.weights import save_folder
-from trainer.writer import FolderWriter
+from trainer.writer import FolderWriter, save_folder
 
 
 def test_ranges_of_a_file_that_the_library_wrote(tmp_path):

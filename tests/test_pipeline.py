@@ -20,7 +20,8 @@ from models.tokenizer import clip_tokenizer
 from trainer.backtrack import backtrack
 from trainer.run import Run
 from trainer.source import find_source
-from trainer.weights import Weights, save_folder
+from trainer.weights import Weights
+from trainer.writer import save_folder
 
 TEXTS = ["a handwritten seven", "It's   the DIGIT 7!", "naïve café 北京", "x" * 40, ""]
 

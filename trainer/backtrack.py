@@ -17,10 +17,9 @@ from data.order import Split
 from data.reader import Batch
 from models.conditioning import Conditioning
 from models.ema import Ema
-from models.export import write_student_pipeline
 from models.flops import forward_flops, judging_flops
 from models.gan import Discriminator, feature_module
-from models.lora import is_adapter, load_merged
+from models.metrics import spread
 from models.networks import denoising_loss, predict, predict_guided
 from models.objectives import OBJECTIVES, Scores
 from models.pipeline import empty_network
@@ -29,6 +28,7 @@ from trainer.adversary import Adversary
 from trainer.command import run_verb
 from trainer.distributed import barrier, mean_over_ranks
 from trainer.errors import UserError
+from trainer.export import export_generator
 from trainer.loop import train
 from trainer.passes import step_flops, trained_pass
 from trainer.path import open_path
@@ -135,7 +135,7 @@ class Backtracking(TrainStage):
                 # The last turn before a line is the one whose norm the line shows.
                 x0, cond, mismatch = self._generator_turn(step, batch, meters, until_log < settings.fake_updates)
                 meters.add("mismatch", mismatch)
-                meters.add("sample_spread", _spread(x0))
+                meters.add("sample_spread", spread(x0))
                 mismatches.append(mismatch)
                 if settings.reuse_x0:
                     self.kept.append((x0, cond))
@@ -271,29 +271,6 @@ class Backtracking(TrainStage):
     def close(self) -> None:
         super().close()
         self.target.close()
-
-
-def _spread(x0: Tensor) -> Tensor:
-    """How much samples [B, C, H, W] differ from each other (from their own mean, if there is but one): a standard
-    deviation, a scalar. A generator that collapses makes it small."""
-    if len(x0) > 1:
-        return (x0 - x0.roll(1, 0)).square().mean().div(2).sqrt()
-    return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()
-
-
-def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool = True) -> str:
-    """Writes a pipeline of a generator's weights folder, or of its LoRA folder: merged into the network that it started
-    from, or beside it as `lora/`. Returns the call that makes an image with it."""
-    s, network, lora = run.settings, weights, None
-    if is_adapter(weights) and merge:
-
-        def network(folder: Path) -> None:
-            load_merged(run.start_folder, weights, run.dtype, s.variant).save_pretrained(folder)
-
-    elif is_adapter(weights):
-        network, lora = run.start_folder, weights
-    note = note | {"resolution": s.data.resolution}
-    return write_student_pipeline(run.pipeline_folder, network, s.student_timesteps, out, note, s.variant, lora)
 
 
 def backtrack(run: Run) -> None:

@@ -3,12 +3,28 @@
 import sys
 from pathlib import Path
 
+from models.export import write_student_pipeline
+from models.lora import is_adapter, load_merged
 from models.pipeline import LORA_FOLDER
-from trainer.backtrack import export_generator
 from trainer.command import run_verb
 from trainer.errors import UserError
 from trainer.run import Run
 from trainer.shelf import WEIGHTS
+
+
+def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool = True) -> str:
+    """Writes a pipeline of a generator's weights folder, or of its LoRA folder: merged into the network that it started
+    from, or beside it as `lora/`. Returns the call that makes an image with it."""
+    s, network, lora = run.settings, weights, None
+    if is_adapter(weights) and merge:
+
+        def network(folder: Path) -> None:
+            load_merged(run.start_folder, weights, run.dtype, s.variant).save_pretrained(folder)
+
+    elif is_adapter(weights):
+        network, lora = run.start_folder, weights
+    note = note | {"resolution": s.data.resolution}
+    return write_student_pipeline(run.pipeline_folder, network, s.student_timesteps, out, note, s.variant, lora)
 
 
 def export(run: Run) -> None:

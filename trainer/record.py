@@ -27,8 +27,7 @@ from trainer.schedules import learning_rate
 from trainer.shelf import step_name
 from trainer.stage import TrainStage
 from trainer.telemetry import Meters, log
-from trainer.weights import ABOUT
-from trainer.writer import FolderWriter
+from trainer.writer import ABOUT, FolderWriter
 
 
 class Recording(TrainStage):

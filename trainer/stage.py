@@ -32,7 +32,8 @@ from trainer.run import Run
 from trainer.schedules import OptimizerSettings
 from trainer.settings import TrainSettings
 from trainer.telemetry import Meters, log
-from trainer.weights import save_adapter, save_folder, start_from
+from trainer.weights import start_from
+from trainer.writer import save_adapter, save_folder
 
 PREVIEW = 32
 

@@ -1,9 +1,6 @@
 """Weights in and out of roles: every rank reads, keeps and averages only the slices that it owns."""
 
-import json
 import math
-import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +11,10 @@ from deepspeed.utils import safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.lora import CONFIG_FILE, adapter_note, adapter_parameters, base_key
-from models.pipeline import LORA_FILE, NOTE, WEIGHTS_FILE, replace_folder, weight_files
-from models.tensorfile import TensorFile, write_tensors
+from models.lora import adapter_parameters, base_key
+from models.pipeline import weight_files
+from models.tensorfile import TensorFile
 from trainer.distributed import World
-
-ABOUT = "node.json"  # in a recorded folder: what it is, and its weights file's sha256 and size
 
 
 class Slice:
@@ -266,58 +261,3 @@ def start_from(network: nn.Module, folder: Path, world: World) -> None:
     Raises ModelError."""
     weights = Weights(adapter_parameters(network), world)
     weights.write(weights.read(folder))
-
-
-def save_folder(
-    state: dict[str, Tensor], config: dict, folder: Path, dtype: torch.dtype | None = None, about: dict | None = None
-) -> None:
-    """Writes a whole state dict as a folder that its class loads with from_pretrained. Atomic; rank 0 only.
-
-    config: the network's own configuration (`network.config`). dtype: default: as it is. about: if given, is kept in the
-    folder as node.json, together with the weights file's sha256 and its size in bytes.
-    """
-    plain = {k: v for k, v in config.items() if not (k.startswith("_") and k != "_class_name")}
-    texts = {"config.json": json.dumps(plain, indent=2, default=str) + "\n"}
-    _save(state, folder, dtype, about, WEIGHTS_FILE, {}, texts)
-
-
-def save_adapter(
-    state: dict[str, Tensor],
-    net: nn.Module,
-    base: str,
-    folder: Path,
-    dtype: torch.dtype | None = None,
-    about: dict | None = None,
-) -> None:
-    """Writes an adapter's state dict as a LoRA folder (models.lora). net: the network that carries the adapter. base:
-    sha256 of the weights that it belongs on. All else as `save_folder`."""
-    header, config = adapter_note(net)
-    texts = {CONFIG_FILE: config, NOTE: json.dumps({"kind": "lora", "base": base}, indent=2) + "\n"}
-    _save(state, folder, dtype, about, LORA_FILE, header, texts)
-
-
-def _save(
-    state: dict[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype | None,
-    about: dict | None,
-    name: str,
-    note: dict[str, str],
-    texts: dict[str, str],
-) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for file, text in texts.items():
-        (temporary / file).write_text(text)
-    tensors = {key: value.to(dtype or value.dtype) for key, value in state.items()}
-    digest, size = write_tensors(temporary / name, tensors, note)
-    if about is not None:
-        (temporary / ABOUT).write_text(json.dumps(about | {"sha256": digest, "bytes": size}, indent=2) + "\n")
-    replace_folder(temporary, folder)
-
-
-def sync_file(file: Path) -> None:
-    """Waits until a file's bytes are on the disk: a rename must not become durable before them."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
