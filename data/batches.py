@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Batches:
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_ignore_signals,
             # Its own generator: the loader would otherwise draw a seed from the global one, and a resumed run differ.
             generator=torch.Generator().manual_seed(0),
         )
@@ -111,6 +113,13 @@ class _Plan:
         for step in count(-(-self.start_step // self.every) * self.every, self.every):
             for part in range(self.accumulation):
                 yield list(micro_batch_positions(step, part, *split))
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole group (Ctrl-C, a preemption) is for the trainer, which still reads until it has saved. A
+    loader process whose parent has gone ends by itself."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Reader(Dataset):

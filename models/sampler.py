@@ -13,6 +13,8 @@ from models.pipeline import load_schedule, load_vae
 from models.student import Student
 from models.text import TextEncoder
 
+DECODED_PIXELS = 2 * 1024**2  # of the images that are encoded or decoded at once
+
 
 class ImageNoise:
     """Noise of images by number: image i draws from a CPU generator with seed + i, first its start and then the noise of
@@ -74,8 +76,10 @@ class Sampler:
     def decode(self, latents: Tensor) -> Tensor:
         """The diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        # In float32 SDXL's decoder holds some 2 GB an image of 1024 pixels: at most two are decoded at once.
+        piece = max(1, DECODED_PIXELS // self.resolution**2)
         with awake([self.vae], latents.device):
-            return to_uint8(self.vae.decode(latents, return_dict=False)[0])
+            return torch.cat([to_uint8(self.vae.decode(z, return_dict=False)[0]) for z in latents.split(piece)])
 
     @torch.no_grad()
     def encode(self, images: Tensor, eps: Tensor) -> Tensor:
@@ -87,9 +91,10 @@ class Sampler:
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, C, h, w] of the autoencoder's own, unscaled latents of images [B, 3, H, W]."""
+        piece = max(1, DECODED_PIXELS // self.resolution**2)
         with awake([self.vae], images.device):
-            posterior = self.vae.encode(images).latent_dist
-        return posterior.mean, posterior.std
+            parts = [self.vae.encode(part).latent_dist for part in images.split(piece)]
+        return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
     def drawn(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
         """Scaled latents drawn from a posterior with the standard normal eps, all [B, C, h, w]."""

@@ -92,14 +92,20 @@ step() { # tasks-per-node cpus-per-task nodes mode arguments...
         "${inside[@]}" bash "$DISBACK_HOME/slurm/task.sh" "$@"
 }
 
-# Sets RUN and PROGRESS: the run's folder and its last checkpoint.
+# Sets RUN and PROGRESS: the run's folder and its last checkpoint. Fails, with the reason in PROBLEM, if they cannot be told.
 look() {
     local word answer
     local -a overrides=()
     for word in "$@"; do [[ $word == [!-]*=* ]] && overrides+=("$word"); done
     answer=$(step 1 1 1 status --progress "$VERB" --config "$CONFIG" "${overrides[@]}" 2>&1) ||
-        give_up $MISTAKE "$(grep -m1 -oP '(?<=disback: ).*' <<<"$answer" || tail -n 1 <<<"$answer")"
-    answer=$(grep -m1 $'\t' <<<"$answer") || give_up 1 "the run's folder cannot be told"
+        {
+            PROBLEM=$(grep -m1 -oP '(?<=disback: ).*' <<<"$answer" || tail -n 1 <<<"$answer")
+            return 1
+        }
+    answer=$(grep -m1 $'\t' <<<"$answer") || {
+        PROBLEM="the run's folder cannot be told"
+        return 1
+    }
     RUN=${answer%%$'\t'*} PROGRESS=${answer#*$'\t'}
 }
 
@@ -124,7 +130,8 @@ again() { # reason
     local state bad
     state=$(job_field "$SLURM_JOB_ID" JobState)
     [[ $state =~ $JOB_STATES_TO_GO_ON ]] || give_up $STOPPED "$1; not started again, since the job is ${state:-gone}"
-    look "${ARGUMENTS[@]}"
+    # A job past its time limit starts no step any more, and may go on all the same.
+    look "${ARGUMENTS[@]}" || say "its progress cannot be told now ($PROBLEM): counted as none"
     if [ "$PROGRESS" = "$STARTED_AT" ] && ((STALLED + 1 >= MAX_STALLED)); then
         give_up 1 "given up after $MAX_STALLED starts without progress ($PROGRESS): $1"
     fi
@@ -202,7 +209,7 @@ run_job() { # verb arguments...
     choose_tasks
     CHAIN=${DISBACK_CHAIN:-$SLURM_JOB_ID}
     export PYTHONUNBUFFERED=1 DISBACK_HOME OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS < 8 ? CPUS : 8))}"
-    look "$@"
+    look "$@" || give_up $MISTAKE "$PROBLEM"
     folder=$RUN/slurm/$CHAIN
     [[ $folder == /* ]] || folder=$PWD/$folder
     export DISBACK_JOB_FOLDER=$folder

@@ -47,6 +47,10 @@ def test_a_learning_rate_of_zero_may_leave_weights_as_they_are():
     assert said([{"update_ratio/generator": 0.0, "lr/generator": 0.0}] * 5) == []
 
 
+def test_what_was_left_out_before_a_resume_is_not_told_again():
+    assert Health(HealthSettings(stop_after=10), 120).observe(GOOD | {"skipped_updates": 120}) == []
+
+
 def test_left_out_updates_are_told_and_end_a_hopeless_run():
     health = Health(HealthSettings(stop_after=10))
     for total, told, hopeless in ((0, 0, 0), (4, 1, 0), (8, 0, 0), (8, 0, 0), (12, 1, 0), (18, 0, 1)):

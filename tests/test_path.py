@@ -13,9 +13,11 @@ from models.pipeline import empty_network, load_network
 from trainer.backtrack import Backtracking
 from trainer.engines import Role, deepspeed_config
 from trainer.errors import UserError
-from trainer.path import file_hash, open_path
-from trainer.record import record
+from trainer.loop import train
+from trainer.path import choose_nodes, file_hash, open_path
+from trainer.record import Recording, record
 from trainer.run import Run
+from trainer.shelf import step_name
 
 
 def opened(root, world, path=None, **changes):
@@ -55,6 +57,17 @@ def test_recording_again_does_nothing(root, world, capsys):
     record(Run(support.tiny(root, "base"), world))
     assert "nothing to do" in capsys.readouterr().out
     assert (root / "base" / "path" / "path.json").stat().st_mtime_ns == before
+
+
+def test_recording_that_was_killed_while_it_moved_its_nodes(root, world, tmp_path):
+    run = support.single(root, "half-moved", world, "record.nodes=3", f"path={tmp_path / 'path'}")
+    run.stage_folder("record")
+    stage = Recording(run)
+    train(stage, stage.settings.loop, run.settings.health, run.folder / "record", world)
+    chosen = choose_nodes(stage.distances, 3)
+    (stage.candidates / step_name(stage.steps_kept[chosen[0]])).rename(tmp_path / "path" / "node-0001")
+    record(run)
+    assert len(opened(root, world, tmp_path / "path").nodes) == 4
 
 
 def test_no_path(root, world, tmp_path):

@@ -16,6 +16,7 @@ from models.errors import ModelError
 from models.export import one_step_scheduler
 from models.miniature import MiniatureSettings, build_miniature
 from models.pipeline import load_network, weights_hash
+from models.sampler import Sampler
 from models.tokenizer import clip_tokenizer
 from trainer.backtrack import backtrack
 from trainer.run import Run
@@ -96,6 +97,16 @@ def test_strict_loading(root, world, tmp_path):
     (tmp_path / "missing" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(ModelError):
         load_network(tmp_path / "missing")
+
+
+def test_many_images_are_decoded_in_pieces(root, monkeypatch):
+    sampler = Sampler.load(root / "base" / "pipeline", 8, torch.float32, torch.device("cpu"))
+    latents, images = torch.randn(5, *sampler.latent_shape), torch.rand(5, 3, 8, 8) * 2 - 1
+    whole = sampler.decode(latents), *sampler.posterior(images)
+    monkeypatch.setattr("models.sampler.DECODED_PIXELS", 2 * 8**2)
+    parts = sampler.decode(latents), *sampler.posterior(images)
+    assert (whole[0].int() - parts[0].int()).abs().max() <= 1  # a byte may be cut off either way
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole[1:], parts[1:], strict=True))
 
 
 def test_incomplete_pipelines_are_refused(root, tmp_path):

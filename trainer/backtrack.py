@@ -225,9 +225,10 @@ class Backtracking(TrainStage):
         return {f"lr/{role}": rate for role, rate in self.rates.items()} | {"target_node": self.target.node}
 
     def preview(self) -> Tensor:
-        noise, timesteps = self.preview_noise(self.sampler.latent_shape), self.student.timesteps
         with self.generator.averaged(self.ema):
-            return self.grid(self.sampler.student(self.generator, self.preview_captions(), noise, timesteps))
+            return self.preview_grid(
+                lambda captions, noise: self.sampler.student(self.generator, captions, noise, self.student.timesteps)
+            )
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:

@@ -15,6 +15,7 @@ from models.families import read_json
 from models.parking import park
 from models.pipeline import text_encoders, weights_hash
 from models.sampler import Sampler
+from trainer.distributed import from_main
 from trainer.errors import UserError
 from trainer.run import Run
 
@@ -60,7 +61,7 @@ def choose_inputs(run: Run, images: bool, pipeline: Path | None) -> tuple[str, .
             f"{data.resolution}: encode them at that resolution, or set data.resolution={record['resolution']}"
         )
     for part in ("vae",) * images + ("text",) * bool(record["text"]):
-        mine = fingerprint(pipeline, part, run.settings.variant)
+        mine = from_main(fingerprint(pipeline, part, run.settings.variant) if run.world.main else None, run.world)
         if record[part] != mine:
             raise UserError(
                 f"the shards of data.train were encoded by another {PARTS[part]} (sha256 {str(record[part])[:12]}) than that of "

@@ -2,6 +2,7 @@
 signal after saving, 1 anything else."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -19,6 +20,8 @@ from trainer.quiet import no_progress_bars
 from trainer.run import Run
 
 USER_MISTAKE, STOPPED, FAILED = 2, 75, 1
+# Trouble of a file system that may be over at the next start: a job is then started again, a mistake is not.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +44,8 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
         speaks = rank == 0 or isinstance(error, DataError | RankError)
         if isinstance(error, NodeTrouble):
             code, speaks = FAILED, error.speaks
+        elif getattr(error.__cause__, "errno", None) in PASSING:
+            code = FAILED
         if speaks:
             message = f"{f'rank {rank}: ' if rank and code == USER_MISTAKE else ''}{error}"
             leave_word(code, message)

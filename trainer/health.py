@@ -28,10 +28,11 @@ class Health:
     """Watches the metrics lines of a stage. `observe` returns what to say: each message once when its condition has held
     for `patience` lines, and again only after the condition has been false."""
 
-    def __init__(self, settings: HealthSettings):
+    def __init__(self, settings: HealthSettings, skipped: int = 0):
+        """skipped: updates that were left out before, by a run that is resumed."""
         self.settings = settings
         self.held: dict[str, int] = {}
-        self.skipped_before = 0
+        self.skipped_before = skipped
         self.skipped_in_a_row = 0
         self.first_spread: float | None = None
         self.lowest: tuple[int | None, float] = (None, float("inf"))  # target node, lowest mismatch on it

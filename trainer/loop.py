@@ -92,7 +92,7 @@ def train(stage: Stage, settings: LoopSettings, health_settings: HealthSettings,
         stage.begin(first)
         if first == 0 and settings.sample_every:
             _preview(stage, telemetry, 0)
-    health = Health(health_settings)
+    health = Health(health_settings, sum(role.skipped_updates() for role in stage.roles.values() if role.trained))
     mark, marked = time.monotonic(), first
 
     saving = None  # seconds of the saves since the last line

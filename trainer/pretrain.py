@@ -65,13 +65,11 @@ class Pretraining(TrainStage):
         return super().metrics() | {"lr/teacher": self.rate, "grad_norm/teacher": self.norm}
 
     def preview(self) -> Tensor:
-        settings = self.run.settings.sample
-        z = self.preview_noise(self.sampler.latent_shape).draw()
+        steps, scale = self.run.settings.sample.steps, self.run.settings.sample.guidance_scale
         with self.teacher.averaged(self.ema):
-            images = self.sampler.many_steps(
-                self.teacher, self.preview_captions(), z, settings.steps, settings.guidance_scale
+            return self.preview_grid(
+                lambda captions, noise: self.sampler.many_steps(self.teacher, captions, noise.draw(), steps, scale)
             )
-        return self.grid(images)
 
     def weights_writer(self) -> Callable[[Path], None]:
         def write(folder: Path) -> None:

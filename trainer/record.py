@@ -161,9 +161,10 @@ class Recording(TrainStage):
 
     def preview(self) -> Tensor | None:
         """What the fake score has become: samples of it, at teacher's settings."""
-        settings = self.run.settings.sample
-        z = self.preview_noise(self.sampler.latent_shape).draw()
-        return self.grid(self.sampler.many_steps(self.fake_score, self.preview_captions(), z, settings.steps, 1.0))
+        steps = self.run.settings.sample.steps
+        return self.preview_grid(
+            lambda captions, noise: self.sampler.many_steps(self.fake_score, captions, noise.draw(), steps, 1.0)
+        )
 
     def state_dict(self) -> dict:
         self.writer.join()  # a checkpoint names only candidates that are on the disk
@@ -175,7 +176,9 @@ class Recording(TrainStage):
         for name in ("steps_kept", "distances", "predictions", "distance"):
             setattr(self, name, state[name])
         self.origin = state["origin"].to(self.world.device)
-        if missing := [name for name in self.needs if not (self.candidates / name).is_dir()]:
+        missing = [name for name in self.needs if not (self.candidates / name).is_dir()]
+        ended = bool(self.steps_kept) and self.steps_kept[-1] == self.steps  # then `finish` may have moved some of them
+        if missing and not ended:
             raise UserError(
                 f"{self.candidates}: {', '.join(missing)} is missing, and recording cannot go on without: set `path` to "
                 "where it was recorded, or record again in another run folder"

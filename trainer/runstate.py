@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from data.order import Split
 from trainer.distributed import World, from_main
@@ -159,8 +160,8 @@ class Checkpoints:
                 state = _read_rank(folder, self.world.rank)
             else:
                 state = self._regrouped([_read_rank(folder, rank, True) for rank in range(saved.world)], saved, regroup)
-        except UserError:
-            raise
+        except (UserError, torch.OutOfMemoryError, dist.DistError):
+            raise  # nothing is wrong with the files
         except Exception as error:  # DeepSpeed raises whatever torch.load and its own asserts raise
             raise RankError(self.shelf.damaged(name, f"{type(error).__name__}: {error}")) from error
         if self.world.rank < saved.world:

@@ -24,7 +24,7 @@ from models.networks import predict
 from models.pipeline import empty_network, weights_hash
 from models.sampler import ImageNoise, Sampler
 from trainer.cache import choose_inputs, rest, text_conditioning
-from trainer.distributed import mean_over_ranks, sum_over_ranks
+from trainer.distributed import from_main, gather_rows, mean_over_ranks, sum_over_ranks
 from trainer.engines import Role, deepspeed_config, micro_batch
 from trainer.errors import UserError
 from trainer.regroup import reslice
@@ -143,9 +143,10 @@ class TrainStage:
             check_targets(folder, settings.lora, settings.variant)
 
     def hash(self, folder: Path) -> str:
-        """The sha256 of a weights folder, read once."""
+        """The sha256 of a weights folder, read once and by rank 0 alone. Every rank must call it."""
         if folder not in self._hashes:
-            self._hashes[folder] = weights_hash(folder, self.run.settings.variant)
+            mine = weights_hash(folder, self.run.settings.variant) if self.world.main else None
+            self._hashes[folder] = from_main(mine, self.world)
         return self._hashes[folder]
 
     def saver(self, role: Role) -> Callable[..., None]:
@@ -208,11 +209,20 @@ class TrainStage:
             return [prompts[i % len(prompts)] for i in range(PREVIEW)]
         return [self.dataset[i % len(self.dataset)]["caption"] for i in range(PREVIEW)]
 
-    def preview_noise(self, shape: tuple[int, int, int]) -> ImageNoise:
-        return ImageNoise(self.run.settings.seed, list(range(PREVIEW)), shape, self.world.device)
+    def preview_grid(self, make: Callable[[list[str], ImageNoise], Tensor]) -> Tensor:
+        """The grid of PREVIEW images, each rank making its share a micro-batch at a time: at once they would not fit beside
+        the roles. make: uint8 images [B, 3, H, W] of B captions. Every rank calls it, and calls `make` as often."""
+        captions, share, made = self.preview_captions(), -(-PREVIEW // self.world.size), []
+        mine = [(self.world.rank * share + i) % PREVIEW for i in range(share)]
+        for first in range(0, share, self.micro):
+            index = mine[first : first + self.micro]
+            noise = ImageNoise(self.run.settings.seed, index, self.sampler.latent_shape, self.world.device)
+            made.append(make([captions[i] for i in index], noise))
+        return self.grid(gather_rows(torch.cat(made), self.world)[:PREVIEW])
 
     def grid(self, images: Tensor) -> Tensor:
-        """uint8 images [N, 3, H, W] to one grid [3, H', W'], small images enlarged without smoothing."""
+        """uint8 images [N, 3, H, W] to one grid [3, H', W'] in host memory, small images enlarged without smoothing."""
+        images = images.cpu()
         return make_grid(enlarge(images, self.run.settings.sample.enlarge), nrow=8, padding=2, pad_value=128)
 
     def metrics(self) -> dict:

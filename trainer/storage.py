@@ -14,7 +14,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
 
 from trainer.distributed import World
-from trainer.errors import UserError
+from trainer.errors import NodeTrouble, UserError
 
 # The longest that ranks wait for each other's part of a save: as long as any other collective of the run.
 PATIENCE = datetime.timedelta(minutes=30)
@@ -117,7 +117,7 @@ class Together:
             try:
                 dist.all_gather_object(told, mine, group=self.group)
             except RuntimeError as gone:
-                raise UserError(
+                raise NodeTrouble(
                     f"a rank is gone, or did not finish its part of a checkpoint in {PATIENCE}: look at its node and the "
                     f"file system, then run the same command again ({str(gone).splitlines()[0]})"
                 ) from gone

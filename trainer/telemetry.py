@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -107,7 +108,9 @@ class Telemetry:
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= first]
-        path.write_text("".join(kept))
+        temporary = path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
         self.file = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -146,6 +146,9 @@ class Weights:
         """Overwrites the live weights. Every rank must call it."""
         for s, value in zip(self.slices, values, strict=True):
             s.write(value)
+        if self.slices[0].sharded and self.slices[0].tensor.is_cuda:
+            # DeepSpeed gathers on a stream of its own that does not wait for this one: it would gather a mixture.
+            torch.cuda.current_stream().synchronize()
 
     def gather(self, values: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor] | None:
         """The whole state dict in host memory on rank 0, from every rank's values; None on the others, which hold one
@@ -180,7 +183,7 @@ class Weights:
         with open_folder(self.shapes, folder, self.variant) as files:
             for s in self.slices:
                 file = files[s.key]
-                if file.dtypes[s.key] != torch.float32:
+                if file.dtypes[s.key] == torch.bfloat16:
                     continue
                 exact += 1
                 if (master := whole.get(id(s.parameter))) is not None:

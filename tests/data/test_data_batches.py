@@ -1,5 +1,8 @@
 """Which samples a step sees depends on the step alone: not on ranks, accumulation, workers or where a run resumed."""
 
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from itertools import islice
 
@@ -73,6 +76,20 @@ def test_resume_is_exact_and_reads_nothing_again(shards, workers, monkeypatch):
     assert resumed == wanted[4:]
     if not workers:  # a worker's reads are not seen here
         assert len(read) == 3 * 8
+
+
+def test_workers_outlive_signals_that_are_for_the_trainer(shards):
+    """The trainer still reads until it has saved, and Ctrl-C or a preemption reaches the whole group."""
+    batches = Batches(ShardDataset(shards(20), 8), 0, 1, 2, workers=2)
+    next(batches)
+    workers = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for worker in workers:
+            os.kill(worker.pid, number)
+        for _ in range(12):  # more than what was read ahead
+            assert len(next(batches).captions) == 2
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    batches.close()
 
 
 def test_workers_change_nothing(shards):
