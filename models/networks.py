@@ -25,17 +25,21 @@ def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tenso
 
 
 def predict_guided(
-    net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float
+    net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float, one_call: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The prediction with classifier-free guidance (Ho & Salimans 2022) and the plain conditional one.
 
-    guided = uncond + scale (cond - uncond). One doubled batch: cheaper than two calls. A scale of 1 is one plain call.
+    guided = uncond + scale (cond - uncond). One call with a doubled batch is cheaper than two (one_call=False), which
+    need half its memory. A scale of 1 is one plain call.
     """
     if guidance_scale == 1.0:
         conditional = predict(net, x_t, t, cond)
         return conditional, conditional
-    both = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.doubled())
-    empty, conditional = both.chunk(2)
+    if one_call:
+        both = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.doubled())
+        empty, conditional = both.chunk(2)
+    else:
+        empty, conditional = predict(net, x_t, t, cond.unconditional()), predict(net, x_t, t, cond)
     return empty + guidance_scale * (conditional - empty), conditional
 
 

@@ -49,3 +49,12 @@ def root(shards, world) -> Path:
     pretrain(Run(settings, world))
     record(Run(settings, world))
     return shards
+
+
+@pytest.fixture(scope="session")
+def lora_path(root, world) -> Path:
+    """A path of LoRA nodes of the shared teacher, recorded by one process."""
+    from support import RECORDING, lora, tiny
+
+    record(Run(tiny(root, "lora-base", *RECORDING, *lora(root)), world))
+    return root / "lora-base" / "path"

@@ -31,6 +31,7 @@ TIMES = {
     "mfu",
     "save_seconds",
 }
+STAGES = ("zero0", "zero1", "zero2", "sharded")  # the last is `sharded_zero3`
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
 # AdamW divides by the square root of tiny second moments: sign noise of the last bit would grow to a whole step.
 EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.optimizer.eps=1e-4")
@@ -46,6 +47,11 @@ LORA_GAN = (*PARITY, *LORA, "gan.enabled=true", "backtrack.steps=4")
 def lora(root: Path) -> tuple[str, ...]:
     """Overrides of a LoRA run on the LoRA path beside the shared pipeline of `root`."""
     return (*LORA, f"path={root / 'lora-base' / 'path'}")
+
+
+def everything(root: Path, stage: str) -> tuple[str, ...]:
+    """Overrides of a run with adapters, the GAN term, accumulation, clipping and recomputed activations at once."""
+    return (*LORA_GAN, f"path={root / 'lora-base' / 'path'}", *zero(stage), "network.checkpointing=true")
 
 
 def places(root: Path, name: str) -> list[str]:
@@ -143,7 +149,7 @@ def verb(name: str, *arguments: str, cwd: Path | None = None, **env: str) -> sub
     return subprocess.run(call, capture_output=True, text=True, env=environment() | env, cwd=cwd, timeout=600)
 
 
-def two_ranks(scenario: str, root: Path, ranks: int = 2) -> None:
+def ranks(scenario: str, root: Path, ranks: int = 2) -> None:
     """Runs a scenario of tests/ranks.py in two processes, or more; raises with their output if it fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     call = [*launcher, str(REPOSITORY / "tests" / "ranks.py"), scenario, str(root)]

@@ -48,16 +48,20 @@ def cycle(shards, pipeline, world, *overrides, watch=None):
     return calls
 
 
-@pytest.mark.parametrize(("reuse", "guidance", "accumulation"), [(True, 8.0, 1), (False, 8.0, 2), (True, 1.0, 2)])
-def test_networks_run_as_often_as_they_must(shards, pipeline, world, reuse, guidance, accumulation):
+@pytest.mark.parametrize(
+    ("reuse", "guidance", "doubled", "accumulation"),
+    [(True, 8.0, True, 1), (False, 8.0, True, 2), (True, 1.0, True, 2), (True, 8.0, False, 2)],
+)
+def test_networks_run_as_often_as_they_must(shards, pipeline, world, reuse, guidance, doubled, accumulation):
     options = (f"backtrack.reuse_x0={reuse}", f"backtrack.guidance_scale={guidance}")
+    options += (f"backtrack.guidance_batch={doubled}",)
     calls = cycle(shards, pipeline, world, *options, f"backtrack.accumulation={accumulation}")
     batch, fresh = 4, 0 if reuse else UPDATES - 1  # fake updates that make samples of their own
     assert calls["generator", "grad"] == accumulation
     assert calls["generator", "no grad"] == fresh * accumulation
     assert calls["generator", "samples"] == (1 + fresh) * batch
-    assert calls["teacher", "grad"] == 0 and calls["teacher", "no grad"] == accumulation
-    assert calls["teacher", "samples"] == batch * (1 if guidance == 1 else 2)  # one doubled batch, not two calls
+    assert calls["teacher", "grad"] == 0 and calls["teacher", "no grad"] == accumulation * (1 if doubled else 2)
+    assert calls["teacher", "samples"] == batch * (1 if guidance == 1 else 2)
     assert calls["fake_score", "grad"] == UPDATES * accumulation
     assert calls["fake_score", "no grad"] == accumulation
     assert calls["text"] == (1 + fresh) * accumulation

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import support
 import torch
-from ranks import stop_recording
+from ranks_elastic import stop_recording
 
 from trainer import shelf
 from trainer.errors import RankError, UserError
@@ -212,5 +212,5 @@ def test_one_rank_of_two_cannot_write(root, one_rank_fails, stage):
 
 @pytest.fixture(scope="module")
 def one_rank_fails(root):
-    support.two_ranks("limited", root)
+    support.ranks("limited", root)
     return root / "limited"

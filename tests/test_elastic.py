@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import support
 import torch
-from ranks import elastic_flags, pretraining, stop_recording, stop_training
+from ranks_elastic import elastic_flags, pretraining, stop_recording, stop_training
 from torch import Tensor
 
 from data.order import Split
@@ -21,8 +21,6 @@ from trainer.reshard import MASTER, MOMENTS, SavedRole
 from trainer.run import Run
 from trainer.runstate import Checkpoints
 
-STAGES = ("zero0", "zero1", "zero2", "sharded")
-
 
 @pytest.fixture(scope="module")
 def whole(root, world):
@@ -34,17 +32,17 @@ def whole(root, world):
 @pytest.fixture(scope="module")
 def by_two(root, world):
     """Runs that two ranks saved in the middle of a generator's turn, of its samples' reuse, and of a logging interval."""
-    support.two_ranks("elastic_save", root)
+    support.ranks("elastic_save", root)
     return root
 
 
 @pytest.fixture(scope="module")
 def by_one(root, world, by_two):
     """The same, saved by one process; and one that two ranks began, for two others to end."""
-    for stage in STAGES:
+    for stage in support.STAGES:
         stop_training(root, f"one-{stage}", world, stage, at=3)
     stop_training(root, "there-and-back", world, "zero2", 5, "backtrack.accumulation=1")
-    support.two_ranks("elastic_load", root)
+    support.ranks("elastic_load", root)
     return root
 
 
@@ -55,7 +53,7 @@ def assert_same_run(whole, weights: dict[str, Tensor], lines: list[dict]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", support.STAGES)
 def test_two_then_one(whole, by_two, world, stage):
     run = support.single(by_two, f"two-{stage}", world, *elastic_flags(by_two, stage))
     assert (run.folder / "backtrack" / "LATEST").read_text() == "step-00000003\n"
@@ -63,7 +61,7 @@ def test_two_then_one(whole, by_two, world, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*STAGES, "there-and-back"])
+@pytest.mark.parametrize("stage", [*support.STAGES, "there-and-back"])
 def test_one_then_two(whole, by_one, stage):
     name = stage if stage == "there-and-back" else f"one-{stage}"
     weights = torch.load(by_one / "elastic_load" / f"{name}.pt")

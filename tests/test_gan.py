@@ -188,7 +188,7 @@ def losses(folder) -> list[dict]:
 def test_two_ranks_train_as_one(root, world):
     """Shared passes with a two-step student in pieces, and passes of their own with the walk, at ZeRO 0, 2 and
     sharded 3, with accumulation and clipping."""
-    support.two_ranks("gan", root)
+    support.ranks("gan", root)
     for shared in (True, False):
         run = support.single(root, f"gan-one-{shared}", world, *gan_flags(shared), "backtrack.generator_split=1")
         one, lines = support.backtrack_weights(run), losses(run.folder)

@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(root, world, stage, precision
 
 @pytest.mark.slow
 def test_one_bad_rank_of_two(root):
-    support.two_ranks("poison", root)
+    support.ranks("poison", root)
     for stage in ("zero0", "zero2"):
         weights = torch.load(root / "poison" / f"{stage}.pt")
         start = load_network(root / "base" / "pipeline" / "unet").state_dict()

@@ -103,7 +103,7 @@ def test_one_step_generator_is_the_papers_formula():
     assert torch.allclose(generate(Net(), z, cond, s, 399), expected, atol=1e-6)
 
 
-def test_guidance_mixes_conditional_and_empty_in_one_call():
+def test_guidance_mixes_conditional_and_empty():
     calls = []
 
     class Net(torch.nn.Module):
@@ -119,6 +119,8 @@ def test_guidance_mixes_conditional_and_empty_in_one_call():
     assert calls == [4] and guided.unique().tolist() == [8.0] and plain.unique().tolist() == [1.0]
     guided, plain = predict_guided(Net(), x, t, cond, 1.0)
     assert calls == [4, 2] and guided is plain
+    guided, plain = predict_guided(Net(), x, t, cond, 8.0, one_call=False)
+    assert calls == [4, 2, 2, 2] and guided.unique().tolist() == [8.0] and plain.unique().tolist() == [1.0]
 
 
 def test_empty_caption_that_is_not_zero():

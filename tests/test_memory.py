@@ -127,9 +127,9 @@ def test_offloaded_states_train_the_same(plain, root, world, stage):
 
 @pytest.mark.slow
 def test_many_switches_on_two_ranks(root):
-    support.two_ranks("switches", root)
+    support.ranks("switches", root)
 
 
 @pytest.mark.slow
 def test_a_rank_holds_its_own_part_only(tmp_path):
-    support.two_ranks("loading", tmp_path)
+    support.ranks("loading", tmp_path)

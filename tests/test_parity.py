@@ -22,7 +22,7 @@ def plain(root, world):
 
 @pytest.fixture(scope="module")
 def double(root):
-    support.two_ranks("parity", root)
+    support.ranks("parity", root)
     return root
 
 
@@ -42,7 +42,7 @@ def test_two_ranks_train_as_one(plain, double, stage):
 
 @pytest.fixture(scope="module")
 def fourfold(root):
-    support.two_ranks("four", root, ranks=4)
+    support.ranks("four", root, ranks=4)
     return root / "four"
 
 
@@ -73,7 +73,7 @@ def test_recording_on_two_sharded_ranks(root, world):
     one = root / "recording" / "one"
     one.parent.mkdir()
     record(Run(support.tiny(root, "recording-one", *support.RECORDING, f"path={one}"), world))
-    support.two_ranks("recording", root)
+    support.ranks("recording", root)
     two = root / "recording" / "two"
     mine, theirs = (json.loads((p / "path.json").read_text()) for p in (one, two))
     assert [n["step"] for n in mine["nodes"]] == [n["step"] for n in theirs["nodes"]]

@@ -45,7 +45,7 @@ def test_one_process_interrupted_twice(root, world, adaptive):
 
 @pytest.mark.slow
 def test_two_ranks_interrupted_twice(root):
-    support.two_ranks("resume", root)
+    support.ranks("resume", root)
     for stage in ("zero2", "sharded"):
         whole, parts = (torch.load(root / "resume" / f"{kind}-{stage}.pt") for kind in ("whole", "parts"))
         assert_same(root, f"whole-{stage}", f"parts-{stage}", whole, parts)

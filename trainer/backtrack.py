@@ -193,7 +193,8 @@ class Backtracking(TrainStage):
         eps = self.noise.normal("eps", step, index, tuple(sample.shape[1:]))
         x_t = self.schedule.add_noise(sample, eps, t)
         with torch.no_grad():
-            guided, conditional = predict_guided(self.teacher, x_t, t, cond, settings.guidance_scale)
+            guidance = settings.guidance_scale, settings.guidance_batch
+            guided, conditional = predict_guided(self.teacher, x_t, t, cond, *guidance)
             if not self.gan:
                 fake = predict(self.fake_score, x_t, t, cond)
         if self.gan:

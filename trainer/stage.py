@@ -75,8 +75,9 @@ class TrainStage:
         self.chosen = ExitStack()  # what holds for the whole process while the stage lives
         set_tf32(run.settings.network.tf32)
         # What may differ between a run and its resumption: how long it trains, what it shows, and how it is spread over
-        # processes.
-        private = settings.model_dump(mode="json", exclude={"loop", "steps", "accumulation", "generator_split"})
+        # processes and over network calls.
+        spread = {"loop", "steps", "accumulation", "generator_split", "guidance_batch"}
+        private = settings.model_dump(mode="json", exclude=spread)
         self.identity = {f"{name}.{k}": v for k, v in private.items() if not k.endswith("ds_config")}
         self.identity |= {"timestep_shift": run.settings.timestep_shift}
         self.identity |= {"seed": run.settings.seed, "precision": run.settings.precision, "samples": len(self.dataset)}

@@ -135,7 +135,7 @@ def plan_backtrack(settings: RunSettings, architecture: Architecture, ranks: int
     acts = {
         "generator turn, kept": piece * net.saved,
         "generator turn, backward": piece * net.peak,
-        "teacher's guided pass": guided * piece * frozen.forward_peak,
+        "teacher's guided pass": (guided if s.guidance_batch else 1) * piece * frozen.forward_peak,
         "fake-score turn": micro * (net.peak + (net.encoder_saved if gan.enabled else 0)),
     }
     scores = max(teacher.gathered + acts["teacher's guided pass"], fake.gathered + piece * net.forward_peak + head)
@@ -167,7 +167,8 @@ def plan_backtrack(settings: RunSettings, architecture: Architecture, ranks: int
     passes, acc = 3 if settings.network.checkpointing else 2, s.accumulation
     sends = update_traffic(judge, zeros["fake_score"], ranks, width, passes, acc)
     sends += share * update_traffic(net, zeros["generator"], ranks, width, passes, acc * s.generator_split)
-    sends += share * acc * s.generator_split * forward_traffic(frozen, zeros["teacher"], ranks, width)
+    calls = 1 if s.guidance_batch else guided
+    sends += share * acc * s.generator_split * calls * forward_traffic(frozen, zeros["teacher"], ranks, width)
     sends += share * acc * s.generator_split * forward_traffic(judge, zeros["fake_score"], ranks, width)
     sends += share * acc * fresh * forward_traffic(net, zeros["generator"], ranks, width)
     saved = checkpoint_bytes(net, zeros["generator"], width, ema=True)

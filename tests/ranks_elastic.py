@@ -1,0 +1,165 @@
+"""Scenarios of checkpoints that another number of processes goes on with, or that one of them cannot write; ranks.py runs
+them."""
+
+import json
+import os
+import resource
+import signal
+
+import support
+import torch.distributed as dist
+
+from trainer.distributed import barrier
+from trainer.errors import Stopped, UserError
+from trainer.loop import train
+from trainer.pretrain import Pretraining
+from trainer.record import Recording
+from trainer.run import Run
+
+
+def elastic_flags(root, stage):
+    """Overrides of the runs that change their number of processes: momentum, and samples that are used again."""
+    folder = root / "elastic-stages"
+    folder.mkdir(exist_ok=True)
+    stage = support.sharded_zero3(folder) if stage == "sharded" else stage
+    betas = [f"backtrack.{role}.betas=[0.9, 0.999]" for role in ("generator", "fake_score")]
+    loop = (
+        "backtrack.reuse_x0=true",
+        "backtrack.loop.log_every=4",
+        "backtrack.loop.sample_every=0",
+        "backtrack.loop.keep_last=9",
+    )
+    return [*support.PARITY, *loop, *betas, *support.zero(stage)]
+
+
+class ReadingRun(Run):
+    """Writes down the positions that this rank reads."""
+
+    def dataset(self, split, want):
+        return ReadingDataset(
+            super().dataset(split, want), self.folder / f"read-{self.world.size}-{self.world.rank}.txt"
+        )
+
+
+class ReadingDataset:
+    def __init__(self, dataset, file):
+        self.dataset, self.file, self.rejected, self.close = dataset, file, dataset.rejected, dataset.close
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, position):
+        with self.file.open("a") as handle:
+            handle.write(f"{position}\n")
+        return self.dataset[position]
+
+
+def elastic_run(root, name, world, stage, *flags):
+    flags = (*elastic_flags(root, stage), *flags)
+    kind = ReadingRun if name == "there-and-back" else Run
+    return kind(support.tiny(root, name, *flags), world)
+
+
+def stop_training(root, name, world, stage, at, *flags):
+    """Backtracking up to step `at`: ranks that agree on a signal stop a step later, one process at once."""
+    run = elastic_run(root, name, world, stage, *flags)
+    assert support.backtrack_weights(run, signal_at=(at if world.size == 1 else at - 1,)) is None
+    assert (run.folder / "backtrack" / "LATEST").read_text() == f"step-{at:08d}\n"
+    return run
+
+
+class Signalled:
+    """A stage that is sent a signal in the middle of a step."""
+
+    stop_at = 0
+
+    def update(self, step, meters, until_log):
+        if step + 1 == self.stop_at and self.world.main:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().update(step, meters, until_log)
+
+
+class SignalledRecording(Signalled, Recording):
+    pass
+
+
+class SignalledPretraining(Signalled, Pretraining):
+    pass
+
+
+def _stop(stage, at):
+    """Runs a stage up to step `at`, where it must stop."""
+    run, world = stage.run, stage.world
+    stage.stop_at = at if world.size == 1 else at - 1
+    try:
+        train(stage, stage.settings.loop, run.settings.health, run.stage_folder(stage.name), world)
+    except Stopped:
+        return
+    raise AssertionError("it was not stopped")
+
+
+def stop_recording(root, name, world, flags, at):
+    run = Run(support.tiny(root, name, *flags), world)
+    run.stage_folder("record")
+    _stop(SignalledRecording(run), at)
+
+
+def pretraining(root, name, world):
+    start = root / "base" / "pipeline"
+    flags = (f"pretrain.start={start}", "pretrain.ema=0.5", "pretrain.optimizer={lr: 1e-3, eps: 1e-4}")
+    run = Run(support.tiny(root, name, *flags), world)
+    run.stage_folder("pretrain")
+    return SignalledPretraining(run, start)
+
+
+def elastic_save(root, world):
+    """Saves by two ranks in the middle of everything."""
+    for stage in ("zero0", "zero1", "zero2", "sharded"):
+        stop_training(root, f"two-{stage}", world, stage, 3)
+    stop_training(root, "two-bf16", world, "sharded", 3, "precision=bf16")
+    stop_training(root, "there-and-back", world, "zero2", 3)
+    flags = (*support.RECORDING, "record.probe=7", f"path={root / 'elastic_save' / 'parts'}")
+    stop_recording(root, "recording-parts", world, flags, 5)
+    _stop(pretraining(root, "pretraining-parts", world), 5)
+
+
+def elastic_load(root, world):
+    """Goes on, with two ranks, with what one process saved."""
+    for name in ("one-zero0", "one-zero1", "one-zero2", "one-sharded", "there-and-back"):
+        run = elastic_run(root, name, world, name.removeprefix("one-") if name.startswith("one-") else "zero2")
+        support.save(support.backtrack_weights(run), root / "elastic_load" / f"{name}.pt", world)
+
+
+class Limited(support.Interrupted):
+    """Rank 1 may write no large file from step 2 on."""
+
+    def update(self, step, meters, until_log):
+        if step == 1 and self.world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        return super().update(step, meters, until_log)
+
+
+def limited(root, world):
+    """A save that one rank of two cannot finish, and the run that goes on behind it."""
+    out = root / "limited"
+    loop = ("backtrack.steps=4", "backtrack.loop.save_every=1", "backtrack.loop.sample_every=0")
+    for stage in ("zero1", "sharded"):
+        config = support.sharded_zero3(out) if stage == "sharded" else stage
+        flags = (*loop, *support.zero(config))
+        support.save(
+            support.backtrack_weights(support.single(root, f"unlimited-{stage}", world, *flags)),
+            out / f"whole-{stage}.pt",
+            world,
+        )
+        run, told = support.single(root, f"limited-{stage}", world, *flags), [None, None]
+        try:
+            support.backtrack_weights(run, Limited)
+        except UserError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            dist.all_gather_object(told, str(error))
+        names = [p.name for p in (run.folder / "backtrack" / "checkpoints").iterdir()]
+        assert names == ["step-00000001"], names
+        if world.main:
+            (out / f"told-{stage}.json").write_text(json.dumps(told))
+        barrier(world)
+        support.save(support.backtrack_weights(run), out / f"limited-{stage}.pt", world)
