@@ -85,25 +85,22 @@ def lora(root, world):
 
 
 def everything(root, world):
-    """Adapters, GAN term, recomputed activations, accumulation and clipping at once, at every ZeRO stage."""
-    for stage in (*support.STAGES[:-1], support.sharded_zero3(root / "everything")):
-        label = f"{Path(stage).stem}-{world.size}"
-        run = support.single(root, f"everything-{label}", world, *support.everything(root, stage))
-        support.save(support.backtrack_weights(run), root / "everything" / f"{label}.pt", world)
-
-
-def four(root, world):
-    """Four ranks as two nodes of two: backtracking at ZeRO 1, and at ZeRO 3 with a teacher sharded within each node."""
+    """Adapters, GAN term, recomputed activations, accumulation and clipping at once, at every ZeRO stage; four ranks are
+    two nodes of two, and at ZeRO 3 the teacher is sharded within each."""
+    out, two_nodes = root / "everything", world.size == 4
     world = dataclasses.replace(world, local_rank=world.rank % 2)
-    within = root / "four" / "within.json"
+    within = out / "within.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     within.write_text(json.dumps({"shard_within_node": True, "zero_optimization": zero}))
     barrier(world)
-    for stage in ("zero1", support.sharded_zero3(root / "four")):
-        label = Path(stage).stem
-        flags = (*support.PARITY, *support.zero(stage), f"backtrack.teacher_ds_config={within}")
-        run = support.single(root, f"four-{label}", world, *flags)
-        support.save(support.backtrack_weights(run), root / "four" / f"{label}.pt", world)
+    for stage in (*support.STAGES[:-1], support.sharded_zero3(out)):
+        label, flags = f"{Path(stage).stem}-{world.size}", support.everything(root, stage)
+        if two_nodes and stage not in support.STAGES:
+            flags += (f"backtrack.teacher_ds_config={within}",)
+        run = support.single(root, f"everything-{label}", world, *flags)
+        support.save(support.backtrack_weights(run), out / f"{label}.pt", world)
+    if not two_nodes:
+        return
     folder = root / "base" / "pipeline" / "unet"
     config = deepspeed_config("teacher_node", 1, 1, 0.0, "fp32", world)
     teacher = Role("teacher", empty_network(folder), config, world, folder=folder)

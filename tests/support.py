@@ -51,7 +51,8 @@ def lora(root: Path) -> tuple[str, ...]:
 
 def everything(root: Path, stage: str) -> tuple[str, ...]:
     """Overrides of a run with adapters, the GAN term, accumulation, clipping and recomputed activations at once."""
-    return (*LORA_GAN, f"path={root / 'lora-base' / 'path'}", *zero(stage), "network.checkpointing=true")
+    few = ("backtrack.fake_updates=1", "backtrack.steps=2", "backtrack.loop.sample_every=0")
+    return (*LORA_GAN, f"path={root / 'lora-base' / 'path'}", *zero(stage), "network.checkpointing=true", *few)
 
 
 def places(root: Path, name: str) -> list[str]:

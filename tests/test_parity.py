@@ -40,18 +40,6 @@ def test_two_ranks_train_as_one(plain, double, stage):
     support.assert_alike(lines, other, keys)
 
 
-@pytest.fixture(scope="module")
-def fourfold(root):
-    support.ranks("four", root, ranks=4)
-    return root / "four"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero1", "sharded"])
-def test_four_ranks_on_two_nodes_train_as_one(plain, fourfold, stage):
-    assert support.largest_difference(plain[0], torch.load(fourfold / f"{stage}.pt")) < 1e-5
-
-
 def test_bfloat16_has_the_losses_of_float32(plain, root, world):
     run = support.single(root, "one-bf16", world, *support.PARITY, *support.zero("zero1"), "precision=bf16")
     support.backtrack_weights(run)
