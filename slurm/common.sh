@@ -6,7 +6,6 @@
 : "${CONTAINER:=}" "${CONTAINER_FLAGS:=}" "${SRUN_FLAGS:=}" "${MODULES:=}"
 DISBACK_HOME=$(cd "$DISBACK_HOME" && pwd)
 MISTAKE=2 STOPPED=75
-JOB_STATES_TO_GO_ON='^(RUNNING|TIMEOUT|PREEMPTED|NODE_FAIL|COMPLETING)$' # not CANCELLED: the user wants it to end
 
 say() { echo "disback: $*" >&2; }
 
@@ -125,11 +124,27 @@ bad_nodes() {
     sort "$DISBACK_JOB_FOLDER/bad-nodes" 2>/dev/null | uniq -c | awk '$1 >= 2 { print $2 }' | paste -sd,
 }
 
+# Ends this start if there must not be another by us: the user wants the job to end, or Slurm has requeued it already.
+may_go_on() { # reason
+    local state
+    state=$(job_field "$SLURM_JOB_ID" JobState)
+    if [ "$(job_field "$SLURM_JOB_ID" Restarts)" != "${SLURM_RESTART_COUNT:-0}" ]; then
+        say "job $SLURM_JOB_ID ($VERB): $1; Slurm itself has requeued it"
+        exit $STOPPED
+    fi
+    # While a job ends, Slurm shows COMPLETING in place of what has ended it.
+    if [ "$state" = COMPLETING ]; then
+        state=CANCELLED
+        [ "$(job_field "$SLURM_JOB_ID" Reason)" = TimeLimit ] && state=TIMEOUT
+        [[ $(job_field "$SLURM_JOB_ID" PreemptTime) == [0-9]* ]] && state=PREEMPTED
+    fi
+    [[ $state =~ ^(RUNNING|TIMEOUT|PREEMPTED|NODE_FAIL)$ ]] || give_up $STOPPED "$1; not started again, since the job is ${state:-gone}"
+}
+
 # The same job once more: by requeueing, or as a new job where a cluster forbids that.
 again() { # reason
-    local state bad
-    state=$(job_field "$SLURM_JOB_ID" JobState)
-    [[ $state =~ $JOB_STATES_TO_GO_ON ]] || give_up $STOPPED "$1; not started again, since the job is ${state:-gone}"
+    local bad
+    may_go_on "$1"
     # A job past its time limit starts no step any more, and may go on all the same.
     look "${ARGUMENTS[@]}" || say "its progress cannot be told now ($PROBLEM): counted as none"
     if [ "$PROGRESS" = "$STARTED_AT" ] && ((STALLED + 1 >= MAX_STALLED)); then

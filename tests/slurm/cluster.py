@@ -2,7 +2,7 @@
 with this process.
 
 No systemd, no cgroups, no accounting database. Nodes n0 and n1 have four CPUs (on paper), an address and one GPU that does not exist; their names do
-not resolve, as on clusters without DNS for nodes. One partition allows requeueing.
+not resolve, as on clusters without DNS for nodes. Jobs of the partition `urgent` preempt those of `main`.
 """
 
 import ctypes
@@ -52,7 +52,10 @@ InactiveLimit=0
 GresTypes=gpu
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=16000 Gres=gpu:1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=16000 Gres=gpu:1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=main Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=n0,n1 PriorityTier=10 MaxTime=INFINITE State=UP
 """
 
 

@@ -156,6 +156,23 @@ def test_a_cancelled_job_stays_cancelled(site):
     assert site.cluster.show(job)["JobState"] == "CANCELLED" and site.cluster.show(job)["Restarts"] == "0"
 
 
+def test_a_job_that_slurm_preempts_by_itself_is_left_to_slurm(site):
+    """Without a signal ahead; Slurm requeues it, and a second requeueing or a new job would be one too many."""
+    sleeps = site.wrapper("sleeps", '[[ "$*" == *trainer.record* ]] && exec sleep 300')
+    job = site.sbatch("record.sh", "run=runs/preempted", "path=runs/preempted/path", PYTHON=sleeps)
+    site.cluster.wait(job, {"RUNNING"})
+    Training(site, "preempted", job).until("by srun")
+    waiting = site.call("sbatch", "--parsable", f"--dependency=afterok:{job}", "--output=waits.log", "--wrap", "true")
+    urgent = site.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 3")
+    Training(site, "preempted", job).until("Slurm itself has requeued it")
+    site.cluster.wait(urgent.strip())
+    about = site.cluster.show(job)
+    assert about["Restarts"] == "1" and about["JobState"] in ("PENDING", "COMPLETING", "RUNNING")
+    assert site.cluster.show(waiting.strip())["JobState"] == "PENDING" and not (site.folder / "waits.log").exists()
+    assert "goes on as job" not in site.log(job)
+    site.cluster.run("scancel", job, waiting.strip())
+
+
 @pytest.mark.parametrize("script", ["pretrain", "record", "backtrack", "evaluate", "pipeline", "common", "task"])
 def test_shellcheck(script):
     done = subprocess.run(
