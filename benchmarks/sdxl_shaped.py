@@ -3,10 +3,12 @@
     python benchmarks/sdxl_shaped.py [--width 112] [--ranks 2] [--steps 2] [--precision bf16]
 
 The UNet has SDXL's topology (three levels; 0, 2 and 10 transformer layers; text_time conditioning), random weights and
-4 x 4 latents, so that memory is weights and states, not activations. Everything is in a temporary folder.
+4 x 4 latents, so that memory is weights and states, not activations. It has a tenth of SDXL's parameters, and so have the
+communication buckets of ds_configs/zero3.json and teacher.json here. Everything is in a temporary folder.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -48,8 +50,16 @@ def build(root: Path, width: int) -> int:
     return sum(p.numel() for p in pipeline.unet.parameters())
 
 
-def work(root: Path, steps: int, precision: str) -> None:
-    """One rank: loading alone, then both stages; prints a line each."""
+def scale(root: Path, name: str) -> None:
+    """Writes a file of ds_configs/ into root, its numbers of elements divided by ten."""
+    config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+    zero = config["zero_optimization"]
+    zero |= {key: value // 10 for key, value in zero.items() if type(value) is int and key != "stage"}
+    (root / f"{name}.json").write_text(json.dumps(config))
+
+
+def work(root: Path, what: str, steps: int, precision: str) -> None:
+    """One rank of "load", a frozen role alone, or of a stage; prints a line."""
     from models.pipeline import empty_network
     from trainer.backtrack import backtrack
     from trainer.configfile import load_settings
@@ -61,33 +71,34 @@ def work(root: Path, steps: int, precision: str) -> None:
 
     no_progress_bars()
     world = start()
+    zero3, teacher = root / "zero3.json", root / "teacher.json"
     overrides = [
         f"run={root / 'run'}", f"pipeline={root / 'pipeline'}", f"path={root / 'path'}", f"precision={precision}",
         f"data.train={root / 'shards'}/train-*.tar", f"data.heldout={root / 'shards'}/heldout-*.tar",
         f"record.steps={steps}", "record.nodes=2", "record.probe_every=1", "record.probe=4", "record.batch=4",
         f"backtrack.steps={steps}", "backtrack.fake_updates=1", "backtrack.batch=4", "backtrack.walk.interval=1",
-        "network.checkpointing=true", "record.ds_config=zero3", "record.teacher_ds_config=teacher",
-        *(f"backtrack.{role}_ds_config=zero3" for role in ("generator", "fake_score")),
-        "backtrack.teacher_ds_config=teacher",
+        "network.checkpointing=true", f"record.ds_config={zero3}", f"record.teacher_ds_config={teacher}",
+        *(f"backtrack.{role}_ds_config={zero3}" for role in ("generator", "fake_score")),
+        f"backtrack.teacher_ds_config={teacher}",
         *(f"{stage}.loop={{log_every: 1, sample_every: 0, save_every: 1000, tensorboard: false}}" for stage in ("record", "backtrack")),
     ]  # fmt: skip
     run = Run(load_settings(REPOSITORY / "configs" / "tiny_sdxl.yaml", overrides), world)
 
-    def measured(what: str, call) -> object:
-        barrier(world)
-        before, began = resident_bytes(), time.monotonic()
-        reset_peak()
-        kept = call()
-        line = f"{what}: rank {world.rank}: peak {peak_bytes() / GIB:.2f} GiB ({(peak_bytes() - before) / GIB:+.2f}), {time.monotonic() - began:.1f} s"
-        print(line, flush=True)
-        return kept
+    def load() -> Role:
+        folder = root / "pipeline" / "unet"
+        config = deepspeed_config(str(teacher), 1, 1, 0.0, precision, world)
+        return Role("teacher", empty_network(folder), config, world, folder=folder)
 
-    folder = root / "pipeline" / "unet"
-    config = deepspeed_config("teacher", 1, 1, 0.0, precision, world)
-    role = measured("load a frozen role", lambda: Role("teacher", empty_network(folder), config, world, folder=folder))
-    del role
-    measured("record", lambda: record(run))
-    measured("backtrack", lambda: backtrack(run))
+    barrier(world)
+    before, began = resident_bytes(), time.monotonic()
+    reset_peak()
+    kept = {"load": load, "record": lambda: record(run), "backtrack": lambda: backtrack(run)}[what]()
+    peak, seconds = peak_bytes(), time.monotonic() - began
+    del kept  # a loaded role counts until here
+    print(
+        f"{what}: rank {world.rank}: peak {peak / GIB:.2f} GiB ({(peak - before) / GIB:+.2f}), {seconds:.1f} s",
+        flush=True,
+    )
     finish()
 
 
@@ -97,23 +108,28 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(Path(args.worker), args.steps, args.precision)
+        work(Path(args.worker[0]), args.worker[1], args.steps, args.precision)
         return 0
     with tempfile.TemporaryDirectory() as root:
         count = build(Path(root), args.width)
+        for name in ("zero3", "teacher"):
+            scale(Path(root), name)
         size = count * (2 if args.precision == "bf16" else 4) / GIB
         print(
             f"{count / 1e6:.0f} M parameters: {size:.2f} GiB in {args.precision}, {count * 4 / GIB:.2f} GiB on disk",
             flush=True,
         )
         call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-        call += [__file__, "--worker", root, "--steps", str(args.steps), "--precision", args.precision]
-        return subprocess.run(
-            call, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        ).returncode
+        env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        # Each in processes of its own, as its verb has: DeepSpeed's engines outlive the stage that made them.
+        for what in ("load", "record", "backtrack"):
+            worker = [__file__, "--worker", root, what, "--steps", str(args.steps), "--precision", args.precision]
+            if code := subprocess.run(call + worker, env=env).returncode:
+                return code
+    return 0
 
 
 if __name__ == "__main__":
