@@ -133,6 +133,7 @@ class _Reader(Dataset):
         try:
             return [self.dataset[position] for position in positions]
         except DataError as error:
+            error.errno = getattr(error.__cause__, "errno", None)  # the cause itself does not survive the way here
             return error
 
 

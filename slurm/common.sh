@@ -126,16 +126,24 @@ bad_nodes() {
 
 # Ends this start if there must not be another by us: the user wants the job to end, or Slurm has requeued it already.
 may_go_on() { # reason
-    local state
+    local state starts
+    for _ in $(seq 12); do # Slurm's controller may be away for a minute
+        starts=$(job_field "$SLURM_JOB_ID" Restarts)
+        [ -n "$starts" ] && break
+        sleep 5
+    done
     state=$(job_field "$SLURM_JOB_ID" JobState)
-    if [ "$(job_field "$SLURM_JOB_ID" Restarts)" != "${SLURM_RESTART_COUNT:-0}" ]; then
+    if ((${starts:-0} > ${SLURM_RESTART_COUNT:-0})); then
         say "job $SLURM_JOB_ID ($VERB): $1; Slurm itself has requeued it"
         exit $STOPPED
     fi
     # While a job ends, Slurm shows COMPLETING in place of what has ended it.
     if [ "$state" = COMPLETING ]; then
-        state=CANCELLED
-        [ "$(job_field "$SLURM_JOB_ID" Reason)" = TimeLimit ] && state=TIMEOUT
+        case $(job_field "$SLURM_JOB_ID" Reason) in
+        TimeLimit) state=TIMEOUT ;;
+        NodeDown | SystemFailure) state=NODE_FAIL ;;
+        *) state=CANCELLED ;;
+        esac
         [[ $(job_field "$SLURM_JOB_ID" PreemptTime) == [0-9]* ]] && state=PREEMPTED
     fi
     [[ $state =~ ^(RUNNING|TIMEOUT|PREEMPTED|NODE_FAIL)$ ]] || give_up $STOPPED "$1; not started again, since the job is ${state:-gone}"
@@ -146,7 +154,11 @@ again() { # reason
     local bad
     may_go_on "$1"
     # A job past its time limit starts no step any more, and may go on all the same.
-    look "${ARGUMENTS[@]}" || say "its progress cannot be told now ($PROBLEM): counted as none"
+    look "${ARGUMENTS[@]}" || {
+        say "its progress cannot be told now ($PROBLEM)"
+        PROGRESS="progress not known"
+    }
+    may_go_on "$1" # that took seconds
     if [ "$PROGRESS" = "$STARTED_AT" ] && ((STALLED + 1 >= MAX_STALLED)); then
         give_up 1 "given up after $MAX_STALLED starts without progress ($PROGRESS): $1"
     fi
@@ -157,6 +169,7 @@ again() { # reason
     if [ "$SELF_CHAIN" = 1 ]; then
         chain "$bad"
     elif ! scontrol requeue "$SLURM_JOB_ID" 2>/dev/null; then
+        may_go_on "$1"
         say "job $SLURM_JOB_ID: this cluster does not let jobs be requeued: submitting a new one"
         chain "$bad"
     elif [ -n "$bad" ]; then

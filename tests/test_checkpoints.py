@@ -1,5 +1,6 @@
 """Checkpoints on real disks: what is kept, what happens on a full one, and how a damaged one is told."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from trainer import shelf
 from trainer.errors import RankError, UserError
 from trainer.record import record
 from trainer.run import Run
+from trainer.storage import Together
 
 QUICK = ("backtrack.loop.sample_every=0", "backtrack.loop.save_every=1", *support.zero("zero1"))
 
@@ -180,6 +182,14 @@ def test_a_disk_that_fills_up_during_the_save(root, world, kept, small_disk, mon
             support.backtrack_weights(tight)
         assert (disk / "backtrack" / "LATEST").read_text() == "step-00000002\n"
         assert sorted(p.name for p in checkpoints(tight).iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_trouble_that_may_pass_is_known_by_its_number(world):
+    together = Together(world)
+    with together.noting():
+        raise OSError(errno.ESTALE, "Stale file handle")
+    assert "Stale file handle" in together.agree() and together.errno == errno.ESTALE
+    assert together.agree() is None
 
 
 def test_a_vanished_file_system_ends_with_the_last_step(root, world, kept, small_disk):

@@ -6,7 +6,7 @@ import sys
 from trainer.version import VERSION
 
 VERBS = {
-    "shards": "build, index and validate WebDataset shards",
+    "shards": "build, encode, index and validate WebDataset shards",
     "pretrain": "train or fine-tune a teacher on shards",
     "plan": "memory, disk and time of a run, before any weight is loaded",
     "record": "stage 1: record the degradation path",

@@ -44,7 +44,7 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
         speaks = rank == 0 or isinstance(error, DataError | RankError)
         if isinstance(error, NodeTrouble):
             code, speaks = FAILED, error.speaks
-        elif getattr(error.__cause__, "errno", None) in PASSING:
+        elif (getattr(error, "errno", None) or getattr(error.__cause__, "errno", None)) in PASSING:
             code = FAILED
         if speaks:
             message = f"{f'rank {rank}: ' if rank and code == USER_MISTAKE else ''}{error}"

@@ -66,9 +66,11 @@ def labelled(run: Run, split: str) -> tuple[Tensor, Tensor]:
     """All images of `data.train` or `data.heldout`, uint8 [N, 3, R, R], and their classes [N]. For data sets that fit
     in memory."""
     dataset = run.dataset(split, ("image", "caption", "meta"))
-    samples = [dataset.read(row) for row in range(len(dataset))]
-    if not all("class" in s["meta"] for s in samples):
-        raise UserError(f'data.{split}: a sample has no "class" in its .json; evaluate.features=digits needs one')
+    samples = []
+    for row in range(len(dataset)):
+        samples.append(dataset.read(row))
+        if "class" not in samples[-1]["meta"]:
+            raise UserError(f'data.{split}: a sample has no "class" in its .json; evaluate.features=digits needs one')
     return to_bytes(torch.stack([s["image"] for s in samples])), torch.tensor([s["meta"]["class"] for s in samples])
 
 

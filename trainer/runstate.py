@@ -131,10 +131,12 @@ class Checkpoints:
                 latest = self.shelf.latest()
         latest = from_main(latest, self.world)
         last = f"the last good one is {self.shelf.root / latest}" if latest else "there is no earlier one"
-        raise UserError(
+        error = UserError(
             f"the checkpoint of step {step} could not be saved: {problem}; {last}. Make room, or see to the file system; "
             "then the same command goes on from there"
         )
+        error.errno = self.together.errno
+        raise error
 
     def load(self, regroup: Callable[[list[dict], Split], dict]) -> tuple[int, dict] | None:
         """Resumes from LATEST: loads the engines and returns (finished steps, this rank's state), or None if there is
@@ -160,7 +162,7 @@ class Checkpoints:
                 state = _read_rank(folder, self.world.rank)
             else:
                 state = self._regrouped([_read_rank(folder, rank, True) for rank in range(saved.world)], saved, regroup)
-        except (UserError, torch.OutOfMemoryError, dist.DistError):
+        except (UserError, torch.AcceleratorError, torch.OutOfMemoryError, dist.DistError):
             raise  # nothing is wrong with the files
         except Exception as error:  # DeepSpeed raises whatever torch.load and its own asserts raise
             raise RankError(self.shelf.damaged(name, f"{type(error).__name__}: {error}")) from error

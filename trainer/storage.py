@@ -93,6 +93,7 @@ class Together:
     def __init__(self, world: World):
         self.world = world
         self.error: BaseException | None = None
+        self.errno: int | None = None  # of the trouble that was agreed on last
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
 
     @contextlib.contextmanager
@@ -109,9 +110,9 @@ class Together:
         mine = None
         if error is not None:
             cause = _cause(error)
-            mine = str(cause)
+            mine = str(cause), getattr(cause, "errno", None)
             known = isinstance(cause, OSError | SafetensorError | UserError)
-        told: list[str | None] = [mine]
+        told: list[tuple[str, int | None] | None] = [mine]
         if self.group is not None:
             told = [None] * self.world.size
             try:
@@ -123,10 +124,10 @@ class Together:
                 ) from gone
         if error is not None and not known:
             raise error
-        failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
+        failed = [(rank, *trouble) for rank, trouble in enumerate(told) if trouble is not None]
         if not failed:
             return None
-        rank, text = failed[0]
+        rank, text, self.errno = failed[0]
         others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         return f"rank {rank}{others}: {text}" if self.world.size > 1 else text
 

@@ -1,5 +1,6 @@
 """Which samples a step sees depends on the step alone: not on ranks, accumulation, workers or where a run resumed."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from data.batches import Batches
 from data.errors import DataError
 from data.reader import ShardDataset
+from trainer.command import guarded
 
 
 def steps(tars, n, world, micro_batch, accumulation=1, **options):
@@ -90,6 +92,22 @@ def test_workers_outlive_signals_that_are_for_the_trainer(shards):
             assert len(next(batches).captions) == 2
     assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
     batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_system_that_may_come_back_is_no_mistake(shards, workers, monkeypatch, capfd):
+    """A job script starts again after code 1, and gives up after code 2: also for what a loader process met."""
+
+    def stale(self, position):
+        raise DataError("shard x: Stale file handle") from OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(ShardDataset, "__getitem__", stale)
+    batches = Batches(ShardDataset(shards(20), 8), 0, 1, 2, workers=workers)
+    try:
+        assert guarded(lambda: next(batches), debug=False) == 1
+        assert "disback: shard x: Stale file handle" in capfd.readouterr().err
+    finally:
+        batches.close()
 
 
 def test_workers_change_nothing(shards):
