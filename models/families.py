@@ -5,6 +5,7 @@ new teacher is one more class here.
 """
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def read_json(file: Path) -> dict:
         raise ModelError(f"{file}: not JSON: {error}") from error
 
 
-class Family:
+class Family(ABC):
     """One family. A class, not a table of functions: families share most of what their relatives do."""
 
     name: str  # also what a Conditioning carries, so that a network is called the right way
@@ -50,15 +51,15 @@ class Family:
         """Whether a network's configuration (its config.json) is of this family."""
         return config.get("_class_name") == self.network.__name__
 
+    @abstractmethod
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> Inputs:
         """Positional and named arguments of the network at x [B, C, H, W] and timesteps t [B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(
         self, parts: DiffusionPipeline, captions: list[str], device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
         """Text states [B, L, D] and pooled text [B, P], if the family has it, as the diffusers pipeline makes them."""
-        raise NotImplementedError
 
     def empty_is_zero(self, parts: DiffusionPipeline) -> bool:
         """Whether guidance's empty caption is all zeros instead of an encoded ""."""
@@ -88,9 +89,9 @@ class Family:
         )
         return self.inputs(x, t, cond)
 
+    @abstractmethod
     def widths(self, config: dict) -> tuple[int, int | None]:
         """Widths D of the text states and P of the pooled text that a network of this configuration takes."""
-        raise NotImplementedError
 
     def largest_side(self, config: dict) -> int | None:
         """The largest latent side that a network of this configuration takes, None if there is none."""

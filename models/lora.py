@@ -108,24 +108,31 @@ def base_key(key: str) -> str:
 
 def adapter_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their names in a LoRA file; empty if there is none. `net` may wrap the network."""
-    for module in net.modules():
-        if hasattr(module, "peft_config"):
-            # diffusers' name for the part of a pipeline that the network is.
-            part = "unet" if "UNet" in type(module).__name__ else "transformer"
-            return {
-                f"{part}.{name.replace(f'.{ADAPTER}.', '.')}": parameter
-                for name, parameter in module.named_parameters()
-                if ".lora_" in name
-            }
-    return {}
+    module = _carrier(net)
+    if module is None:
+        return {}
+    return {
+        f"{_part(module)}.{name.replace(f'.{ADAPTER}.', '.')}": parameter
+        for name, parameter in module.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def _carrier(net: nn.Module) -> nn.Module | None:
+    """The network that carries the adapter: `net`, or what it wraps."""
+    return next((module for module in net.modules() if hasattr(module, "peft_config")), None)
+
+
+def _part(module: nn.Module) -> str:
+    """diffusers' name for the part of a pipeline that the network is."""
+    return "unet" if "UNet" in type(module).__name__ else "transformer"
 
 
 def adapter_note(net: nn.Module) -> tuple[dict[str, str], str]:
     """The metadata of a LoRA file (how diffusers learns alpha) and the text of adapter_config.json."""
-    module = next(m for m in net.modules() if hasattr(m, "peft_config"))
-    part = "unet" if "UNet" in type(module).__name__ else "transformer"
+    module = _carrier(net)
     config = {k: _plain(v) for k, v in module.peft_config[ADAPTER].to_dict().items()}
-    header = json.dumps({f"{part}.{k}": v for k, v in config.items()}, sort_keys=True)
+    header = json.dumps({f"{_part(module)}.{k}": v for k, v in config.items()}, sort_keys=True)
     return {"lora_adapter_metadata": header}, json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

@@ -68,6 +68,11 @@ class Sampler:
         side = self.resolution // factor
         return self.vae.config.latent_channels, side, side
 
+    @property
+    def at_once(self) -> int:
+        """Images that the autoencoder takes at once: in float32 SDXL's holds some 2 GB an image of 1024 pixels."""
+        return max(1, DECODED_PIXELS // self.resolution**2)
+
     def scaled(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents as the diffusion model sees them: (latents - shift) * scale; SD3's have a shift."""
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
@@ -76,10 +81,8 @@ class Sampler:
     def decode(self, latents: Tensor) -> Tensor:
         """The diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        # In float32 SDXL's decoder holds some 2 GB an image of 1024 pixels: at most two are decoded at once.
-        piece = max(1, DECODED_PIXELS // self.resolution**2)
         with awake([self.vae], latents.device):
-            return torch.cat([to_uint8(self.vae.decode(z, return_dict=False)[0]) for z in latents.split(piece)])
+            return torch.cat([to_uint8(self.vae.decode(z, return_dict=False)[0]) for z in latents.split(self.at_once)])
 
     @torch.no_grad()
     def encode(self, images: Tensor, eps: Tensor) -> Tensor:
@@ -91,9 +94,8 @@ class Sampler:
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, C, h, w] of the autoencoder's own, unscaled latents of images [B, 3, H, W]."""
-        piece = max(1, DECODED_PIXELS // self.resolution**2)
         with awake([self.vae], images.device):
-            parts = [self.vae.encode(part).latent_dist for part in images.split(piece)]
+            parts = [self.vae.encode(part).latent_dist for part in images.split(self.at_once)]
         return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
     def drawn(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:

@@ -74,12 +74,7 @@ def recording(root, world):
 
 def lora(root, world):
     """LoRA with two ranks and the GAN term at sharded ZeRO-3, stopped and resumed."""
-    flags = (
-        *support.LORA_GAN,
-        f"path={root / 'lora-base' / 'path'}",
-        *support.zero(support.sharded_zero3(root / "lora")),
-    )
-    run = support.single(root, "lora-two", world, *flags)
+    run = support.single(root, "lora-two", world, *support.lora_gan(root, support.sharded_zero3(root / "lora")))
     assert support.backtrack_weights(run, signal_at=(2,), signal_rank=1) is None
     support.save(support.backtrack_weights(run), root / "lora" / "sharded.pt", world)
 

@@ -41,7 +41,6 @@ RECORDING = (*EPS, "record.nodes=3", "record.clip=0.05", "record.accumulation=2"
 # LoRA in place of whole networks; alpha / rank is not 1, so that forgetting it shows.
 LORA = ("lora.rank=4", "lora.alpha=2", "record.optimizer.lr=2e-3")
 LORA += ("backtrack.generator.lr=1e-3", "backtrack.fake_score.lr=1e-3")
-LORA_GAN = (*PARITY, *LORA, "gan.enabled=true", "backtrack.steps=4")
 
 
 def lora(root: Path) -> tuple[str, ...]:
@@ -49,10 +48,15 @@ def lora(root: Path) -> tuple[str, ...]:
     return (*LORA, f"path={root / 'lora-base' / 'path'}")
 
 
+def lora_gan(root: Path, stage: str) -> tuple[str, ...]:
+    """The same with the GAN term, and what could go wrong over ranks."""
+    return (*PARITY, *lora(root), "gan.enabled=true", "backtrack.steps=4", *zero(stage))
+
+
 def everything(root: Path, stage: str) -> tuple[str, ...]:
     """Overrides of a run with adapters, the GAN term, accumulation, clipping and recomputed activations at once."""
     few = ("backtrack.fake_updates=1", "backtrack.steps=2", "backtrack.loop.sample_every=0")
-    return (*LORA_GAN, f"path={root / 'lora-base' / 'path'}", *zero(stage), "network.checkpointing=true", *few)
+    return (*lora_gan(root, stage), "network.checkpointing=true", *few)
 
 
 def places(root: Path, name: str) -> list[str]:

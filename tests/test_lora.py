@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from models.errors import ModelError
 from models.lora import LoraSettings, adapter_parameters, attach, check_targets, load_merged
 from models.miniature import MiniatureSettings, build_miniature
-from models.pipeline import empty_network, load_network
+from models.pipeline import empty_network, load_network, weights_hash
 from trainer.backtrack import Backtracking, backtrack
 from trainer.engines import Role, deepspeed_config, load_trained
 from trainer.errors import UserError
@@ -194,8 +194,8 @@ class _Ignore:
 def test_paths_of_another_kind_are_refused(root, world, path):
     def opened(where, *flags):
         run = Run(support.tiny(root, "x", *flags), world)
-        folders = where, run.teacher_folder, run.start_folder
-        return open_path(*folders, run.settings.student_timesteps, world, run.settings.lora)
+        hashes = weights_hash(run.teacher_folder), weights_hash(run.start_folder)
+        return open_path(where, run.teacher_folder, hashes, run.settings.student_timesteps, world, run.settings.lora)
 
     assert len(opened(path, *support.LORA).nodes) == 4
     with pytest.raises(UserError, match=r"its nodes are whole networks, this run trains lora.rank=4.*record a path"):
@@ -309,8 +309,7 @@ def test_a_transformer(shards, world, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_as_one(root, world, path):
     """With the GAN head beside the adapter; at ZeRO 3 also stopped and resumed, where a checkpoint holds neither base."""
-    flags = [*support.LORA_GAN, f"path={path}", *support.zero("zero0")]
-    one = support.backtrack_weights(support.single(root, "lora-one", world, *flags))
+    one = support.backtrack_weights(support.single(root, "lora-one", world, *support.lora_gan(root, "zero0")))
     support.ranks("lora", root)
     assert max(float(v.abs().max()) for k, v in one.items() if ".lora_B." in k and k.startswith("generator.")) > 1e-3
     assert any(k.startswith("fake_score.head.") for k in one)

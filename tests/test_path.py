@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from models.pipeline import empty_network, load_network
+from models.pipeline import empty_network, load_network, weights_hash
 from trainer.backtrack import Backtracking
 from trainer.engines import Role, deepspeed_config
 from trainer.errors import UserError
@@ -22,8 +22,8 @@ from trainer.shelf import step_name
 
 def opened(root, world, path=None, **changes):
     run = Run(support.tiny(root, "x", *[f"{k}={v}" for k, v in changes.items()]), world)
-    folders = path or run.settings.path_folder, run.teacher_folder, run.start_folder
-    return open_path(*folders, run.settings.student_timesteps, world, run.settings.lora)
+    where, hashes = path or run.settings.path_folder, (weights_hash(run.teacher_folder), weights_hash(run.start_folder))
+    return open_path(where, run.teacher_folder, hashes, run.settings.student_timesteps, world, run.settings.lora)
 
 
 @pytest.fixture

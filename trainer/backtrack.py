@@ -62,8 +62,8 @@ class Backtracking(TrainStage):
         self.check_lora(run.teacher_folder, run.start_folder)
         path = None
         if settings.path != "none":
-            folders = s.path_folder, run.teacher_folder, run.start_folder
-            path = open_path(*folders, s.student_timesteps, run.world, s.lora, s.variant)
+            hashes = self.hash(run.teacher_folder), self.hash(run.start_folder)
+            path = open_path(s.path_folder, run.teacher_folder, hashes, s.student_timesteps, run.world, s.lora)
         if settings.reuse_x0 and not s.gan.enabled:
             self.read_every = settings.fake_updates  # between generator turns nobody asks for captions
         self.sampler = self.open_sampler(run.pipeline_folder)
@@ -161,9 +161,8 @@ class Backtracking(TrainStage):
         eps = self.noise.normal("fake eps", step, batch.index, tuple(x0.shape[1:]))
         if self.gan:
             reused = self.settings.reuse_x0 and step % self.settings.fake_updates
-            real_cond = (
-                self.encode(batch.captions, batch.cached) if reused else cond
-            )  # reused samples have an earlier batch's captions
+            # Reused samples have an earlier batch's captions.
+            real_cond = self.encode(batch.captions, batch.cached) if reused else cond
             return self.gan.update_loss(x0, eps, t, cond, real_cond, step, batch, meters)
         loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
         meters.add("loss/fake_score", loss)

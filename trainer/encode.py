@@ -21,6 +21,7 @@ from models.kernels import set_tf32
 from models.sampler import Sampler
 from trainer.cache import fingerprint
 from trainer.errors import RankError, UserError
+from trainer.telemetry import duration
 
 SAY_EVERY = 10.0  # seconds between lines of progress
 
@@ -80,7 +81,7 @@ class Progress:
             self.said = time.monotonic()
             rate = self.done / (self.said - self.began)
             left = (self.total - self.done) / rate
-            self.say(f"{self.done} of {self.total} samples, {rate:.1f} a second, {_duration(left)} left")
+            self.say(f"{self.done} of {self.total} samples, {rate:.1f} a second, {duration(left)} left")
 
     def say(self, line: str) -> None:
         print(self.who + line, flush=True)
@@ -184,10 +185,3 @@ def _is_made(tar: Path, encoding: Encoding) -> bool:
         return True
     wrong = [key for key, value in encoding.made_by.items() if not record or record[key] != value]
     raise RankError(f"{tar} is there and was made with another {', '.join(wrong)}: name another --out, or remove it")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under a minute"
-    )

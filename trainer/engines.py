@@ -258,6 +258,11 @@ class Role:
         return loaded is not None
 
 
+def skipped_updates(roles: dict[str, Role]) -> int:
+    """Updates that were left out so far, by all roles. Reads the device."""
+    return sum(role.skipped_updates() for role in roles.values() if role.trained)
+
+
 def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
     """Loads a state dict of exactly the trained parameters into a network; the frozen ones stay. Raises RuntimeError."""
     frozen = {name for name, p in dst.named_parameters() if not p.requires_grad}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.order import Split
 from trainer.distributed import World
-from trainer.engines import Role
+from trainer.engines import Role, skipped_updates
 from trainer.errors import Stopped, UserError
 from trainer.health import Health, HealthSettings
 from trainer.runstate import Checkpoints
@@ -92,7 +92,7 @@ def train(stage: Stage, settings: LoopSettings, health_settings: HealthSettings,
         stage.begin(first)
         if first == 0 and settings.sample_every:
             _preview(stage, telemetry, 0)
-    health = Health(health_settings, sum(role.skipped_updates() for role in stage.roles.values() if role.trained))
+    health = Health(health_settings, skipped_updates(stage.roles))
     mark, marked = time.monotonic(), first
 
     saving = None  # seconds of the saves since the last line

@@ -33,9 +33,8 @@ def step_flops(
     """
     sampling = sample_passes(len(settings.student_timesteps) or 1) * forward
     guided = 1 if settings.guidance_scale == 1 else 2
-    turn = (
-        sampling + (trained - 1) * forward + guided * forward + forward
-    )  # generator and its backward pass, target, fake score
+    # The generator's sample and its backward pass, the target, the fake score.
+    turn = sampling + (trained - 1) * forward + guided * forward + forward
     update = trained * forward
     if gan.enabled:
         turn += judging + head if gan.shared_pass else 2 * judging  # the head, and back to the sample

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from models.lora import LoraSettings
-from models.pipeline import weights_hash
 from trainer.distributed import World, from_main
 from trainer.errors import UserError
 
@@ -112,19 +111,18 @@ def _kind(lora: LoraSettings) -> dict:
 def open_path(
     root: Path,
     teacher: Path,
-    start: Path,
+    hashes: tuple[str, str],
     timesteps: tuple[int, ...],
     world: World,
     lora: LoraSettings,
-    variant: str = "",
 ) -> DegradationPath:
     """Reads and verifies a recorded path: it must be this teacher's and this generator start's, its nodes of the kind
-    that the run trains, and every node must be there to the byte. variant: of the teacher's and the start's weight
-    files. Rank 0 reads the weights once to hash them; all ranks raise the same UserError."""
+    that the run trains, and every node must be there to the byte. hashes: `weights_hash` of the teacher's folder and of
+    the generator start's. Rank 0 reads the nodes once to hash them; all ranks raise the same UserError."""
     problem = nodes = None
     if world.main:
         try:
-            nodes = _verified(root, weights_hash(teacher, variant), weights_hash(start, variant), timesteps, lora)
+            nodes = _verified(root, *hashes, timesteps, lora)
         except UserError as error:
             problem = str(error)
     problem, nodes = from_main((problem, nodes), world)

@@ -93,12 +93,9 @@ def _weights(run: Run, name: str, folder: Path) -> Source:
 
 def _pipeline(folder: Path, name: str) -> Source:
     note = folder / NOTE
-    timesteps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
-    timesteps, network, lora = (
-        tuple(timesteps) if timesteps else None,
-        folder / family_of(folder).part,
-        folder / LORA_FOLDER,
-    )
+    steps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
+    timesteps = tuple(steps) if steps else None
+    network, lora = folder / family_of(folder).part, folder / LORA_FOLDER
     if is_adapter(lora):
         return Source(name, lora, folder, timesteps, network)
     return Source(name, network, folder, timesteps)

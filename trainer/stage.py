@@ -25,7 +25,7 @@ from models.pipeline import empty_network, weights_hash
 from models.sampler import ImageNoise, Sampler
 from trainer.cache import choose_inputs, rest, text_conditioning
 from trainer.distributed import from_main, gather_rows, mean_over_ranks, sum_over_ranks
-from trainer.engines import Role, deepspeed_config, micro_batch
+from trainer.engines import Role, deepspeed_config, micro_batch, skipped_updates
 from trainer.errors import UserError
 from trainer.regroup import reslice
 from trainer.run import Run
@@ -203,22 +203,22 @@ class TrainStage:
         time_ids = self.sampler.resolution if time_ids is None else time_ids
         return text_conditioning(captions, cached, self.sampler, self.run.dtype, time_ids)
 
-    def preview_captions(self) -> list[str]:
-        """Captions of the sample grids: the configured prompts, else the first ones of the shards."""
+    def preview_captions(self, index: list[int]) -> list[str]:
+        """Captions of a sample grid's images, by number: the configured prompts, else the first ones of the shards."""
         prompts = self.run.settings.sample.prompts
         if prompts:
-            return [prompts[i % len(prompts)] for i in range(PREVIEW)]
-        return [self.dataset[i % len(self.dataset)]["caption"] for i in range(PREVIEW)]
+            return [prompts[i % len(prompts)] for i in index]
+        return [self.dataset[i % len(self.dataset)]["caption"] for i in index]
 
     def preview_grid(self, make: Callable[[list[str], ImageNoise], Tensor]) -> Tensor:
         """The grid of PREVIEW images, each rank making its share a micro-batch at a time: at once they would not fit beside
         the roles. make: uint8 images [B, 3, H, W] of B captions. Every rank calls it, and calls `make` as often."""
-        captions, share, made = self.preview_captions(), -(-PREVIEW // self.world.size), []
+        share, made = -(-PREVIEW // self.world.size), []
         mine = [(self.world.rank * share + i) % PREVIEW for i in range(share)]
         for first in range(0, share, self.micro):
             index = mine[first : first + self.micro]
             noise = ImageNoise(self.run.settings.seed, index, self.sampler.latent_shape, self.world.device)
-            made.append(make([captions[i] for i in index], noise))
+            made.append(make(self.preview_captions(index), noise))
         return self.grid(gather_rows(torch.cat(made), self.world)[:PREVIEW])
 
     def grid(self, images: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class TrainStage:
         count = torch.tensor([float(sum(self.skipped.values()))], device=self.world.device)
         values = {"skipped_samples": int(sum_over_ranks(count, self.world))}
         trained = {name: role for name, role in self.roles.items() if role.trained}
-        values["skipped_updates"] = sum(role.skipped_updates() for role in trained.values())
+        values["skipped_updates"] = skipped_updates(self.roles)
         ratios = torch.stack([role.update_ratio() for role in trained.values()])
         ratios = [None if math.isnan(r) else r for r in mean_over_ranks(ratios, self.world).tolist()]
         return values | {f"update_ratio/{name}": ratio for name, ratio in zip(trained, ratios, strict=True)}
