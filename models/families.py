@@ -1,7 +1,7 @@
 """Families of text-to-image models: all that differs between SDXL, Stable Diffusion 1 and 2, and Stable Diffusion 3.
 
-Which family a pipeline folder is of, its own configuration says. Nothing outside this file asks for a family's name: a
-new teacher is one more class here.
+Which family a pipeline folder is of, its own configuration says. No stage asks for a family's name: a new teacher
+is one more class here, and an instance of it in FAMILIES.
 """
 
 import json

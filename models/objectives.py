@@ -5,7 +5,7 @@ With s = -eps / sigma and eps = (x_t - alpha x0) / sigma, the score difference s
 (eps_target - eps_fake) / sigma, and that is alpha / sigma^2 (x0_fake - x0_target). This holds on every schedule
 x_t = alpha x0 + sigma eps, a flow's alpha = 1 - sigma too; there, with x0 = x_t - sigma v, the x0 difference is
 sigma (v_target - v_fake).
-A new objective is one function here and one line in OBJECTIVES.
+A new objective is one function here, one line in OBJECTIVES and its name in BacktrackSettings.objective.
 """
 
 from collections.abc import Callable
