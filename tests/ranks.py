@@ -1,7 +1,6 @@
 """Scenarios for several processes; started by torchrun from the tests. Usage: ranks.py SCENARIO ROOT."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -84,10 +83,7 @@ def everything(root, world):
     two nodes of two, and at ZeRO 3 the teacher is sharded within each."""
     out, two_nodes = root / "everything", world.size == 4
     world = dataclasses.replace(world, local_rank=world.rank % 2)
-    within = out / "within.json"
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    within.write_text(json.dumps({"shard_within_node": True, "zero_optimization": zero}))
-    barrier(world)
+    within = support.zero3_config(out / "within.json", shard_within_node=True)
     for stage in (*support.STAGES[:-1], support.sharded_zero3(out)):
         label, flags = f"{Path(stage).stem}-{world.size}", support.everything(root, stage)
         if two_nodes and stage not in support.STAGES:
@@ -117,10 +113,8 @@ def switches(root, world):
     with torch.no_grad():
         expected = [predict(load_network(folder).eval(), x, t, cond) for folder in folders]
     for threshold in (0, 20, 300, 10**9):
-        file = root / "switches" / f"threshold-{threshold}.json"
-        zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
-        file.write_text(json.dumps({"zero_optimization": zero}))
-        config = deepspeed_config(str(file), 2, 1, 0.0, "fp32", world)
+        file = support.zero3_config(root / "switches" / f"threshold-{threshold}.json", threshold)
+        config = deepspeed_config(file, 2, 1, 0.0, "fp32", world)
         role = Role("teacher", empty_network(teacher), config, world, folder=teacher)
         reader = ReadAhead(role.weights, world.device)
         for step in range(25):
@@ -151,7 +145,7 @@ def loading(root, world):
     role = Role("teacher", empty_network(folder), config, world, folder=folder)
     growth = (peak_bytes() - before) / size
     assert sum(t.numel() for t in role.local()) * 4 < 0.51 * size
-    assert growth < 0.75, growth
+    assert growth < 0.62, growth
     before = resident_bytes()
     reset_peak()
     whole = load_network(folder)

@@ -83,8 +83,16 @@ def zero(stage: str) -> list[str]:
 
 def sharded_zero3(folder: Path) -> str:
     """A ZeRO-3 configuration under which even the smallest parameter is sharded."""
-    file = folder / "sharded.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    return zero3_config(folder / "sharded.json")
+
+
+def zero3_config(file: Path, threshold: int = 0, **values: object) -> str:
+    """A ZeRO-3 configuration that keeps parameters of up to `threshold` elements gathered, with more `values`. Every rank
+    may write it: none sees half of it."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    part.write_text(json.dumps({"zero_optimization": zero} | values))
+    os.replace(part, file)
     return str(file)
 
 
@@ -154,11 +162,11 @@ def verb(name: str, *arguments: str, cwd: Path | None = None, **env: str) -> sub
     return subprocess.run(call, capture_output=True, text=True, env=environment() | env, cwd=cwd, timeout=600)
 
 
-def ranks(scenario: str, root: Path, ranks: int = 2) -> None:
+def ranks(scenario: str, root: Path, ranks: int = 2, **env: str) -> None:
     """Runs a scenario of tests/ranks.py in two processes, or more; raises with their output if it fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     call = [*launcher, str(REPOSITORY / "tests" / "ranks.py"), scenario, str(root)]
-    done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=800)
+    done = subprocess.run(call, capture_output=True, text=True, env=environment() | env, timeout=800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
