@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
@@ -71,11 +72,11 @@ class Batches:
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_ignore_signals,
             # Its own generator: the loader would otherwise draw a seed from the global one, and a resumed run differ.
             generator=torch.Generator().manual_seed(0),
         )
-        self._batches: Iterator[dict | DataError] | None = iter(loader)
+        with _signals_held():
+            self._batches: Iterator[dict | DataError] | None = iter(loader)
 
     def __iter__(self) -> Batches:
         return self
@@ -115,11 +116,16 @@ class _Plan:
                 yield list(micro_batch_positions(step, part, *split))
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole group (Ctrl-C, a preemption) is for the trainer, which still reads until it has saved. A
-    loader process whose parent has gone ends by itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A signal to the whole group (Ctrl-C, a preemption) is for the trainer, which still reads until it has saved. Loader
+    processes that are begun here never see one, from their first instruction on: they inherit what is blocked. One whose
+    parent has gone ends by itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Reader(Dataset):
