@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -120,10 +121,16 @@ class _Plan:
 def _signals_held() -> Iterator[None]:
     """A signal to the whole group (Ctrl-C, a preemption) is for the trainer, which still reads until it has saved. Loader
     processes that are begun here never see one, from their first instruction on: they inherit what is blocked. One whose
-    parent has gone ends by itself."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    parent has gone ends by itself. If not all can be begun, those that were are killed: they would wait for work for ever,
+    and this process for them."""
+    before, others = signal.pthread_sigmask(signal.SIG_BLOCK, ()), set(multiprocessing.active_children())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         yield
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

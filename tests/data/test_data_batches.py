@@ -93,6 +93,24 @@ def test_workers_outlive_signals_that_are_for_the_trainer(shards):
     batches.close()
 
 
+def test_if_not_all_workers_can_be_begun_none_is_left(shards, monkeypatch):
+    """They hold signals, and wait for work that never comes: whoever joined them would wait too."""
+    begin, begun, mask = multiprocessing.Process.start, [], signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def start(process):
+        if begun:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        begin(process)
+        begun.append(process)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        Batches(ShardDataset(shards(20), 8), 0, 1, 2, workers=2)
+    begun[0].join(20)
+    assert begun[0].exitcode == -signal.SIGKILL
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_system_that_may_come_back_is_no_mistake(shards, workers, monkeypatch, capfd):
     """A job script starts again after code 1, and gives up after code 2: also for what a loader process met."""
