@@ -58,7 +58,9 @@ class Site:
         return {k: v for k, v in self.cluster.env.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")} | mine
 
     def log(self, job: str) -> str:
-        return Path(self.cluster.show(job)["StdOut"]).read_text()
+        """Empty until the node has opened the file, which may be after the job is called running."""
+        file = Path(self.cluster.show(job)["StdOut"])
+        return file.read_text() if file.exists() else ""
 
     def last_line(self, job: str) -> str:
         return self.log(job).rstrip().splitlines()[-1]

@@ -35,9 +35,10 @@ class Training:
         os.kill(ranks[max(ranks)], signal.SIGSTOP)
         return ranks
 
-    def until(self, words: str, seconds: float = 300) -> None:
+    def until(self, words: str, times: int = 1, seconds: float = 300) -> None:
+        """Waits until the log has these words so many times."""
         limit = time.monotonic() + seconds
-        while words not in self.site.log(self.job):
+        while self.site.log(self.job).count(words) < times:
             assert time.monotonic() < limit, self.site.log(self.job)
             time.sleep(0.1)
 
@@ -61,7 +62,8 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     assert status["stage"] == "backtrack" and status["state"] == "running" and status["restarts"] == 1
     assert 0 < status["step"] < status["steps"] == 8 and status["checkpoint"].startswith("step-0000000")
     os.kill(ranks[1], signal.SIGKILL)
-    training.until("srun: error: n1: task 1: Killed")
+    training.until("starting again", times=2)
+    assert "srun: error: n1: task 1: Killed" in site.log(job)
 
     ranks = training.hold()
     site.cluster.run("scancel", "--signal=USR1", "--batch", job)  # what PreemptParameters=send_user_signal does
