@@ -36,7 +36,7 @@ except (rendezvous.UserError, rendezvous.NodeTrouble) as error:
 """
 
 
-def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = ()) -> list[str]:
+def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = (), seconds: int = 20) -> list[str]:
     """What the started ranks of `size`, all on nodes of their own, found: kind of error, who says it, message."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,7 +44,7 @@ def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = (
     env = support.environment() | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "LOCAL_RANK": "0",
         "DISBACK_NODES": " ".join(f"node{r}" for r in range(size)), "DISBACK_PEERS": "127.0.0.1 127.0.0.1",
-        "DISBACK_JOB_FOLDER": str(folder), "DISBACK_START_SECONDS": "5",
+        "DISBACK_JOB_FOLDER": str(folder), "DISBACK_START_SECONDS": str(seconds),
     }  # fmt: skip
     processes = {
         r: subprocess.Popen(
@@ -64,13 +64,13 @@ def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = (
 
 
 def test_a_rank_that_never_comes(tmp_path):
-    (said,) = ranks(tmp_path, 2, 0)
+    (said,) = ranks(tmp_path, 2, 0, seconds=5)
     assert said == "NodeTrouble True rank 1 (node node1) did not answer within 5 s of the start\n"
     assert (tmp_path / "bad-nodes").read_text() == "node1\n"
 
 
 def test_rank_0_never_comes(tmp_path):
-    (said,) = ranks(tmp_path, 2, 1)
+    (said,) = ranks(tmp_path, 2, 1, seconds=5)
     assert "NodeTrouble True node node1, rank 1: rank 0 on node node0 did not answer at 127.0.0.1:" in said
     assert (tmp_path / "bad-nodes").read_text() == "node0\n"
 
@@ -87,8 +87,8 @@ def test_one_node_that_cannot_compute_is_not_the_users_mistake_but_all_are(tmp_p
 
 
 def test_a_rank_that_hangs_in_the_process_group(tmp_path):
-    (said,) = ranks(tmp_path, 2, 0, 1, hangs=(1,))
-    assert "disback: all ranks answered, but they did not join the process group within 5 s over lo" in said
+    (said,) = ranks(tmp_path, 2, 0, 1, hangs=(1,), seconds=10)
+    assert "disback: all ranks answered, but they did not join the process group within 10 s over lo" in said
     assert (tmp_path / "exit").read_text().startswith("1 all ranks answered") and not (tmp_path / "bad-nodes").exists()
 
 

@@ -17,7 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "slurm"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 SETTINGS = (
-    "record.loop.log_every=1 backtrack.loop.log_every=1 backtrack.loop.save_every=1 backtrack.loop.keep_weights_every=0"
+    "record.loop.log_every=1 backtrack.loop.log_every=1 backtrack.loop.save_every=1 backtrack.loop.keep_weights_every=0 "
+    "backtrack.steps=20"  # three times a test must stop it on the way
 )
 
 

@@ -60,7 +60,7 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
         site.call(sys.executable, "-m", "trainer.cli", "status", "runs/hard", "--json", PYTHONPATH=str(REPOSITORY))
     )
     assert status["stage"] == "backtrack" and status["state"] == "running" and status["restarts"] == 1
-    assert 0 < status["step"] < status["steps"] == 8 and status["checkpoint"].startswith("step-0000000")
+    assert 0 < status["step"] < status["steps"] == 20 and status["checkpoint"].startswith("step-000000")
     os.kill(ranks[1], signal.SIGKILL)
     training.until("starting again", times=2)
     assert "srun: error: n1: task 1: Killed" in site.log(job)
