@@ -31,6 +31,7 @@ TIMES = {
     "mfu",
     "save_seconds",
 }
+ALIKE = ("loss/fake_score", "mismatch", "grad_norm/generator", "grad_norm/fake_score", "lr/generator")
 STAGES = ("zero0", "zero1", "zero2", "sharded")  # the last is `sharded_zero3`
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
 # AdamW divides by the square root of tiny second moments: sign noise of the last bit would grow to a whole step.
@@ -134,12 +135,12 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def assert_alike(lines: list[dict], other: list[dict], keys: tuple[str, ...]) -> None:
+def assert_alike(lines: list[dict], other: list[dict]) -> None:
     """Metrics lines of two runs of the same training, to rounding. The line of a target switch has no values but these:
     what costs a look at the device is not in it."""
     for mine, theirs in zip(lines, other, strict=True):
         assert mine.keys() == theirs.keys() and mine["target_node"] == theirs["target_node"]
-        for key in keys:
+        for key in ALIKE:
             assert theirs[key] == (mine[key] and pytest.approx(mine[key], rel=2e-3)), key
     assert any(line["mismatch"] is not None for line in lines)
 

@@ -1,4 +1,4 @@
-"""Two ranks train what one process with the whole batch trains, at every ZeRO stage."""
+"""Two ranks train what one process with the whole batch trains, and every ZeRO stage what another does."""
 
 import json
 
@@ -36,8 +36,7 @@ def test_two_ranks_train_as_one(plain, double, stage):
     assert moved > 5e-5  # it trained
     assert support.largest_difference(weights, two) < 1e-6
     other = support.metrics(double / f"parity-{stage}" / "backtrack")
-    keys = ("loss/fake_score", "mismatch", "grad_norm/generator", "grad_norm/fake_score", "lr/generator")
-    support.assert_alike(lines, other, keys)
+    support.assert_alike(lines, other)
 
 
 def test_bfloat16_has_the_losses_of_float32(plain, root, world):

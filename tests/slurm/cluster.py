@@ -176,13 +176,14 @@ class Cluster:
                 found[int(rank.partition(b"=")[2])] = int(folder.name)
         return found
 
-    def wait(self, job: str, states: set[str] = FINAL, seconds: float = 500) -> dict[str, str]:
-        """Waits until a job is in one of the states; a job that was requeued is released from its two minutes' rest."""
+    def wait(self, job: str, states: set[str] = FINAL, seconds: float = 500, restarts: int = 0) -> dict[str, str]:
+        """Waits until a job that has been started again so often, or more, is in one of the states; one that was requeued is
+        released from its two minutes' rest."""
         limit = time.monotonic() + seconds
         resting = 0.0
         while True:
             about = self.show(job)
-            if about["JobState"] in states:
+            if about["JobState"] in states and int(about["Restarts"]) >= restarts:
                 return about
             if about["JobState"] == "PENDING" and about["Restarts"] != "0" and about["Reason"] == "BeginTime":
                 resting = resting or time.monotonic()

@@ -23,9 +23,10 @@ class Training:
         file = self.folder / "metrics.jsonl"
         return file.read_text().count("\n") if file.exists() else 0
 
-    def hold(self) -> dict[int, int]:
-        """Waits for a new metrics line, and stops rank 1 there (the others then wait for it); returns rank -> pid."""
-        self.site.cluster.wait(self.job, {"RUNNING"})
+    def hold(self, restarts: int = 0) -> dict[int, int]:
+        """Waits for a new metrics line of the start after so many restarts, and stops rank 1 there (the others then wait for
+        it); returns rank -> pid."""
+        self.site.cluster.wait(self.job, {"RUNNING"}, restarts=restarts)
         # A resumed run cuts its metrics at the checkpoint first: a new line is one behind what was there.
         before, limit = self.lines(), time.monotonic() + 400
         while self.lines() <= before:
@@ -45,17 +46,19 @@ class Training:
 
 def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     places = ["run=runs/hard", f"path=runs/{reference}/path", *SETTINGS.split()]
-    # The scripts ask for the signal two minutes before the end: with a limit of two it comes with Slurm's next look.
-    job = site.sbatch("backtrack.sh", "--time=2", *places)
+    job = site.sbatch("backtrack.sh", "--time=60", *places)
     training = Training(site, "hard", job)
     ranks = training.hold()
+    # The scripts ask for the signal two minutes before the end: with less than that left it comes with Slurm's next look.
+    hours, minutes, _ = map(int, site.cluster.show(job)["RunTime"].split(":"))
+    site.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     training.until("asked to stop: saving")
-    time.sleep(3)  # the signal is repeated every two seconds: the first may have come before the ranks were there
+    time.sleep(3)  # until the ranks, too, have the signal
     os.kill(ranks[1], signal.SIGCONT)
     training.until("starting again")
     site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
-    ranks = training.hold()
+    ranks = training.hold(restarts=1)
     status = json.loads(
         site.call(sys.executable, "-m", "trainer.cli", "status", "runs/hard", "--json", PYTHONPATH=str(REPOSITORY))
     )
@@ -65,9 +68,10 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     training.until("starting again", times=2)
     assert "srun: error: n1: task 1: Killed" in site.log(job)
 
-    ranks = training.hold()
+    ranks = training.hold(restarts=2)
     site.cluster.run("scancel", "--signal=USR1", "--batch", job)  # what PreemptParameters=send_user_signal does
-    time.sleep(1)
+    training.until("asked to stop: saving", times=2)
+    time.sleep(3)
     os.kill(ranks[1], signal.SIGCONT)
 
     log = site.ends(job, "COMPLETED")
@@ -91,6 +95,7 @@ def test_without_requeueing_the_job_submits_itself_again_and_dependents_follow(s
     ranks = training.hold()
     site.cluster.run("scancel", "--signal=USR1", "--batch", job)
     training.until("asked to stop: saving")
+    time.sleep(3)
     os.kill(ranks[max(ranks)], signal.SIGCONT)
     log = site.ends(job, "FAILED")
     new = re.search(r"goes on as job (\d+)", log)[1]
@@ -131,12 +136,10 @@ def test_a_job_that_never_gets_on_gives_up(site):
 def test_a_node_that_does_not_answer_is_named_and_left_out_after_the_second_time(site):
     hangs = site.wrapper("hangs", '[[ "$*" == *trainer.record* && $SLURMD_NODENAME = n1 ]] && exec sleep 300')
     job = site.sbatch("record.sh", "run=runs/deaf", "path=runs/deaf/path", PYTHON=hangs, DISBACK_START_SECONDS="3")
-    site.cluster.wait(job, {"RUNNING"})
-    limit = time.monotonic() + 400
+    site.cluster.wait(job, {"RUNNING"}, restarts=1)
+    Training(site, "deaf", job).until("starting again", times=2)
+    limit = time.monotonic() + 60
     while site.cluster.show(job)["ExcNodeList"] != "n1":  # it cannot start any more: there are only two nodes
-        site.cluster.wait(job, {"PENDING", "RUNNING"})
-        if site.log(job).count("starting again") < 2:
-            site.cluster.wait(job, {"RUNNING"})
         assert time.monotonic() < limit, site.log(job)
         time.sleep(0.2)
     assert site.log(job).count("disback: rank 1 (node n1) did not answer within 3 s of the start") == 2
