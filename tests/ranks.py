@@ -23,8 +23,8 @@ from trainer.target import ReadAhead
 
 
 def parity(root, world):
-    """Backtracking with two ranks and recomputed activations; the weights go to root/parity/."""
-    for stage in ("zero2", "zero3", support.sharded_zero3(root / "parity")):
+    """Backtracking at every ZeRO stage, with two ranks and recomputed activations; the weights go to root/parity/."""
+    for stage in ("zero0", "zero1", "zero2", "zero3", support.sharded_zero3(root / "parity")):
         label = Path(stage).stem
         flags = (*support.PARITY, *support.zero(stage), "network.checkpointing=true")
         run = support.single(root, f"parity-{label}", world, *flags)

@@ -36,6 +36,12 @@ class Training:
         os.kill(ranks[max(ranks)], signal.SIGSTOP)
         return ranks
 
+    def release(self, ranks: dict[int, int], asked: int = 1) -> None:
+        """Lets the rank that is held go on, when the job has been asked to stop so many times and the ranks know."""
+        self.until("asked to stop: saving", times=asked)
+        time.sleep(3)
+        os.kill(ranks[max(ranks)], signal.SIGCONT)
+
     def until(self, words: str, times: int = 1, seconds: float = 300) -> None:
         """Waits until the log has these words so many times."""
         limit = time.monotonic() + seconds
@@ -52,9 +58,7 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     # The scripts ask for the signal two minutes before the end: with less than that left it comes with Slurm's next look.
     hours, minutes, _ = map(int, site.cluster.show(job)["RunTime"].split(":"))
     site.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
-    training.until("asked to stop: saving")
-    time.sleep(3)  # until the ranks, too, have the signal
-    os.kill(ranks[1], signal.SIGCONT)
+    training.release(ranks)
     training.until("starting again")
     site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
@@ -70,9 +74,7 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
 
     ranks = training.hold(restarts=2)
     site.cluster.run("scancel", "--signal=USR1", "--batch", job)  # what PreemptParameters=send_user_signal does
-    training.until("asked to stop: saving", times=2)
-    time.sleep(3)
-    os.kill(ranks[1], signal.SIGCONT)
+    training.release(ranks, asked=2)
 
     log = site.ends(job, "COMPLETED")
     assert site.cluster.show(job)["Restarts"] == "3" and log.count("resumed from") == 3
@@ -94,9 +96,7 @@ def test_without_requeueing_the_job_submits_itself_again_and_dependents_follow(s
     training = Training(site, "chained", job)
     ranks = training.hold()
     site.cluster.run("scancel", "--signal=USR1", "--batch", job)
-    training.until("asked to stop: saving")
-    time.sleep(3)
-    os.kill(ranks[max(ranks)], signal.SIGCONT)
+    training.release(ranks)
     log = site.ends(job, "FAILED")
     new = re.search(r"goes on as job (\d+)", log)[1]
     assert f"job {last} now waits for job {new}" in log
