@@ -51,13 +51,14 @@ test-slurm: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: .venv/installed
-	$(BIN)/python -m trainer.reference > docs/configuration.md
+	$(BIN)/python -m trainer.config.reference > docs/configuration.md
 
 clean:
 	rm -rf .venv runs shards build *.egg-info

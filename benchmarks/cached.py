@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 
-from data.batches import Batches
-from data.cache import MEMBER, RECORD, pack
 from data.digits import build_digits
-from data.patterns import expand
+from data.encoded import MEMBER, RECORD, pack
+from data.loader import Batches
 from data.reader import ShardDataset
-from data.writer import write_shards
-from models.miniature import MiniatureSettings, build_miniature
+from data.shard_patterns import expand
+from data.shard_writer import write_shards
+from models.miniature import build_miniature
 from models.sampler import Sampler
-from trainer.cache import batch_latents, text_conditioning
+from models.settings import MiniatureSettings
 from trainer.encode import Encoding, Part, encode_shards
+from trainer.training.inputs import batch_latents, text_conditioning
 
 BATCH, ROUNDS = 8, 5
 

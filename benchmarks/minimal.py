@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from models.conditioning import Conditioning
+from models.denoise import predict
 from models.gan import Discriminator, generator_gradient, head_loss, judged
-from models.networks import predict
 from models.pipeline import load_network, load_vae
-from models.text import TextEncoder
-from trainer.run import Run
+from models.text_encoder import TextEncoder
+from trainer.training.run import Run
 
 
 class Minimal:

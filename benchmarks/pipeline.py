@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torchvision.io import encode_png
 
-from data.writer import write_shards
+from data.shard_writer import write_shards
 from models.architecture import FACTS, TEXT_ENCODERS
 from models.families import read_json
 from models.tokenizer import clip_tokenizer

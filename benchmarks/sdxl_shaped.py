@@ -27,7 +27,8 @@ def build(root: Path, width: int) -> int:
     from diffusers import UNet2DConditionModel
 
     from data.digits import build_digits
-    from models.miniature import MiniatureSettings, build_miniature
+    from models.miniature import build_miniature
+    from models.settings import MiniatureSettings
 
     settings = MiniatureSettings()
     pipeline = build_miniature(settings)
@@ -62,12 +63,13 @@ def work(root: Path, what: str, steps: int, precision: str) -> None:
     """One rank of "load", a frozen role alone, or of a stage; prints a line."""
     from models.pipeline import empty_network
     from trainer.backtrack import backtrack
-    from trainer.configfile import load_settings
-    from trainer.distributed import barrier, finish, start
-    from trainer.engines import Role, deepspeed_config
-    from trainer.quiet import no_progress_bars
+    from trainer.config.deepspeed import deepspeed_config
+    from trainer.config.load import load_settings
+    from trainer.distributed.logs import no_progress_bars
+    from trainer.distributed.world import barrier, finish, start
+    from trainer.engine.role import Role
     from trainer.record import record
-    from trainer.run import Run
+    from trainer.training.run import Run
 
     no_progress_bars()
     world = start()
@@ -86,7 +88,7 @@ def work(root: Path, what: str, steps: int, precision: str) -> None:
 
     def load() -> Role:
         folder = root / "pipeline" / "unet"
-        config = deepspeed_config(str(teacher), 1, 1, 0.0, precision, world)
+        config = deepspeed_config(str(teacher), 1, 1, 0.0, precision, world.size)
         return Role("teacher", empty_network(folder), config, world, folder=folder)
 
     barrier(world)

@@ -20,18 +20,18 @@ from pathlib import Path
 
 import torch
 
-import trainer.quiet  # noqa: F401  before the libraries
+import trainer.distributed.logs  # noqa: F401  before the libraries
 from benchmarks.pipeline import write_captions, write_sdxl
 from benchmarks.stages import STAGES, TURN, UPDATE, measure
 from models.architecture import Architecture, find_architecture
 from models.attention import NAMES
 from models.errors import ModelError
-from trainer.configfile import load_settings
-from trainer.distributed import finish, start
+from trainer.config.load import load_settings
+from trainer.config.schema import RunSettings
+from trainer.distributed.logs import no_progress_bars
+from trainer.distributed.world import finish, start
 from trainer.errors import UserError
-from trainer.quiet import no_progress_bars
-from trainer.settings import RunSettings
-from trainer.stageplan import PLANS, RUNTIME
+from trainer.planner.stages import PLANS, RUNTIME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ONE_GPU = (

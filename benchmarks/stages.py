@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.memory import peak_bytes, reset_peak
 from models.errors import ModelError
-from models.flops import counted
+from models.profile_flops import counted
 from trainer.backtrack import Backtracking
-from trainer.distributed import World
+from trainer.config.schema import RunSettings
+from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.record import Recording
-from trainer.run import Run
-from trainer.settings import RunSettings
-from trainer.telemetry import Meters, peak_tflops
+from trainer.training.metrics import Meters, peak_tflops
+from trainer.training.run import Run
 
 STAGES = {"record": Recording, "backtrack": Backtracking}
 TURN, UPDATE = "generator turn", "fake update"

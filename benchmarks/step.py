@@ -20,17 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import trainer.quiet  # noqa: F401  before the libraries
+import trainer.distributed.logs  # noqa: F401  before the libraries
 from benchmarks.minimal import Bare, Minimal
 from benchmarks.pipeline import write_captions
-from models.flops import counted
-from models.miniature import MiniatureSettings, build_miniature
+from models.miniature import build_miniature
+from models.profile_flops import counted
+from models.settings import MiniatureSettings
 from trainer.backtrack import Backtracking
-from trainer.distributed import World, finish, start
-from trainer.quiet import no_progress_bars
-from trainer.run import Run
-from trainer.settings import RunSettings
-from trainer.telemetry import Meters
+from trainer.config.schema import RunSettings
+from trainer.distributed.logs import no_progress_bars
+from trainer.distributed.world import World, finish, start
+from trainer.training.metrics import Meters
+from trainer.training.run import Run
 
 UPDATES, RESOLUTION = 5, 32
 LINEAR = F.linear  # ZeRO-3 puts its own in its place, for the whole process

@@ -17,12 +17,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.conditioning import Conditioning
-from models.networks import predict, predict_guided
+from models.denoise import predict, predict_guided
 from models.pipeline import empty_network
-from trainer.distributed import World, barrier, finish, from_main, start
-from trainer.engines import Role, deepspeed_config
-from trainer.schedules import OptimizerSettings
-from trainer.target import ReadAhead
+from trainer.config.deepspeed import deepspeed_config
+from trainer.config.schema import OptimizerSettings
+from trainer.distributed.world import World, barrier, finish, from_main, start
+from trainer.engine.role import Role
+from trainer.path.target import ReadAhead
 
 
 def save_nodes(root: Path, width: int) -> None:
@@ -54,8 +55,8 @@ def measure(root: Path, world: World, name: str) -> float:
         t.to(world.device),
         Conditioning(states, pooled, torch.ones(1, 6)).map(lambda v: v.to(world.device)),
     )
-    frozen = deepspeed_config(name, 1, 1, 0.0, "fp32", world)
-    trained = deepspeed_config("zero2", 1, 1, 0.0, "fp32", world)
+    frozen = deepspeed_config(name, 1, 1, 0.0, "fp32", world.size)
+    trained = deepspeed_config("zero2", 1, 1, 0.0, "fp32", world.size)
     teacher = Role("teacher", empty_network(root / "one"), frozen, world, folder=root / "one")
     student = Role("generator", empty_network(root / "one"), trained, world, OptimizerSettings(lr=1e-6), root / "one")
     reader = ReadAhead(teacher.weights, world.device)

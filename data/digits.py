@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from data.errors import DataError
-from data.index import load_index
-from data.writer import shards_of, write_shards
+from data.shard_index import load_index
+from data.shard_writer import shards_of, write_shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = (

@@ -1,4 +1,4 @@
-"""Samples by position: indexed reads in a pure order. `Batches` (data/batches.py, also found here) serves them."""
+"""Samples by position: indexed reads in a pure order. `Batches` (data/loader.py, also found here) serves them."""
 
 import json
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from data.batches import Batch, Batches
-from data.cache import MEMBER, RECORD, TENSORS, check_same, made_by, unpack
-from data.config import DataConfig
+from data.encoded import MEMBER, RECORD, TENSORS, check_same, made_by, unpack
 from data.errors import DataError
 from data.images import decode, fit
-from data.index import load_index, usable_rows
-from data.order import Order
+from data.loader import Batch, Batches
+from data.sampling_order import Order
+from data.settings import DataSettings
+from data.shard_index import load_index, usable_rows
 
 __all__ = ["Batch", "Batches", "Reject", "ShardDataset"]
 
 GIVE_UP = 100  # unusable samples in a row: then not a sample is broken but the data set
 OPEN_FILES = 128  # shards held open a process; the usual limit on open files is 1024
-DEFAULTS = DataConfig()
+DEFAULTS = DataSettings()
 
 
 class Reject(Exception):

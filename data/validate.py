@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.config import DataConfig
 from data.errors import DataError
 from data.reader import Reject, ShardDataset
+from data.settings import DataSettings
 
-DEFAULTS = DataConfig()
+DEFAULTS = DataSettings()
 
 
 def validate(

@@ -17,40 +17,12 @@ from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from models.conditioning import Conditioning
+from models.denoise import call
 from models.errors import ModelError
-from models.networks import call
-
-
-class GanSettings(BaseModel):
-    """The GAN term (DMD2). Weights are DMD2's for SDXL. timesteps: shares of the schedule that samples are noised to for
-    the head. shared_pass: the head's judgement of generated samples comes from the passes of the fake score that are made
-    anyway, at their x_t, instead of from passes of its own with noise of their own: the same losses in expectation (the
-    generator's over backtrack.timesteps), at a quarter less computation. It needs all timesteps."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    enabled: bool = False
-    generator_weight: float = Field(5e-3, ge=0)
-    head_weight: float = Field(1e-2, gt=0)
-    timesteps: tuple[float, float] = (0.0, 1.0)
-    shared_pass: bool = True
-
-    @model_validator(mode="after")
-    def _range(self) -> "GanSettings":
-        low, high = self.timesteps
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"timesteps {list(self.timesteps)} must be shares of the schedule, 0 <= low < high <= 1")
-        if self.shared_pass and (low, high) != (0.0, 1.0):
-            raise ValueError(
-                "shared_pass judges samples at the fake score's own timesteps, which are all of [0.0, 1.0]: set "
-                "gan.shared_pass=false for other gan.timesteps"
-            )
-        return self
 
 
 def no_features(kind: str) -> str:

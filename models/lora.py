@@ -13,43 +13,16 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.errors import ModelError
 from models.pipeline import LORA_FILE, NOTE, load_network, weight_files, weights_hash
+from models.settings import LORA_TARGETS, LoraSettings
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER = "default"  # peft's name for the only adapter of a network
-# DMD2's modules for SDXL (main/sd_unified_model.py): attention and its projections, feed-forward, every convolution of
-# the residual blocks and between the levels, and the timestep's projections. All that a UNet computes with, except its
-# first and last layer and the embeddings: a one-step generator has to change its convolutions too.
-TARGETS = (
-    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv "
-    "upsamplers.0.conv time_emb_proj"
-).split()
-
-
-class LoraSettings(BaseModel):
-    """LoRA on generator, fake score and path nodes. rank: 0 is full fine-tuning; DMD2's LoRA script for SDXL has 64.
-    alpha: the addition is scaled by alpha / rank; null is the rank itself, a scale of 1 (DMD2 has 8 at rank 64).
-    targets: ends of module names; the default is DMD2's list for SDXL."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rank: int = Field(0, ge=0)
-    alpha: float | None = Field(None, gt=0)
-    targets: list[str] = TARGETS
-
-    def identity(self) -> dict:
-        """What two adapters must have in common for one's weights to fit and mean the same on the other."""
-        return {"rank": self.rank, "alpha": self.alpha or float(self.rank), "targets": sorted(set(self.targets))}
-
-    def peft(self) -> LoraConfig:
-        own = self.identity()
-        return LoraConfig(r=own["rank"], lora_alpha=own["alpha"], target_modules=own["targets"])
 
 
 def check_targets(folder: Path, settings: LoraSettings, variant: str = "") -> None:
@@ -66,7 +39,9 @@ def check_targets(folder: Path, settings: LoraSettings, variant: str = "") -> No
     missing = [t for t in settings.targets if not any(n == t or n.endswith("." + t) for n in names)]
     if missing:
         ends = {n.rpartition(".")[2] for n in names}
-        there = [t for t in TARGETS if any(n.endswith("." + t) for n in names)] or sorted(e for e in ends if e[0] > "9")
+        there = [t for t in LORA_TARGETS if any(n.endswith("." + t) for n in names)] or sorted(
+            e for e in ends if e[0] > "9"
+        )
         raise ModelError(
             f"lora.targets: {folder} has no linear or convolution layer named {', '.join(missing)}; it has for example "
             f"{', '.join(there[:8])}"
@@ -88,7 +63,7 @@ def attach(
     """
     net.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft draws its own first values, from the global generator
-        inject_adapter_in_model(settings.peft(), net, ADAPTER)
+        inject_adapter_in_model(_peft_config(settings), net, ADAPTER)
     net._hf_peft_config_loaded = True  # as diffusers' own add_adapter does: its methods on adapters ask for it
     for key, parameter in adapter_parameters(net).items():
         first = torch.zeros(parameter.shape)
@@ -99,6 +74,11 @@ def attach(
         module, _, name = key.partition(".")[2].rpartition(".")
         layer = net.get_submodule(f"{module}.{ADAPTER}")
         setattr(layer, name, nn.Parameter(first.to(device or parameter.device, dtype or parameter.dtype)))
+
+
+def _peft_config(settings: LoraSettings) -> LoraConfig:
+    own = settings.identity()
+    return LoraConfig(r=own["rank"], lora_alpha=own["alpha"], target_modules=own["targets"])
 
 
 def base_key(key: str) -> str:

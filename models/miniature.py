@@ -1,7 +1,5 @@
 """Miniature pipelines, built offline: every part of the real ones, small enough to train on two CPU cores."""
 
-from typing import Literal
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -14,29 +12,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from models.settings import MiniatureSettings
 from models.tokenizer import VOCABULARY, clip_tokenizer, letter_tokenizer
-
-
-class MiniatureSettings(BaseModel):
-    """The miniature. family: sdxl, sd15 (epsilon), sd21 (v prediction) or sd3 (a transformer with flow prediction; its
-    width is the first of unet_channels). Images of `resolution` pixels become latents of half the side."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    family: Literal["sdxl", "sd15", "sd21", "sd3"] = "sdxl"
-    resolution: int = 8
-    unet_channels: tuple[int, int] = (48, 96)
-    vae_channels: tuple[int, int] = (32, 64)
-    latent_channels: int = 4
-    heads: int = 2
-    text_widths: tuple[int, int] = (32, 32)  # of the two encoders; cross-attention sees their sum
-    pooled: int = 32
-    tokens: int = 16  # attention over 77 mostly padded tokens is wasted work here
-    seed: int = 0
 
 
 def _text_config(settings: MiniatureSettings, width: int) -> CLIPTextConfig:

@@ -87,7 +87,7 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, variant: str 
 
 def empty_network(folder: Path) -> ModelMixin:
     """The denoiser of a weights folder, of its own class, without weights: parameters on the meta device, buffers as they
-    are computed. It takes no memory; `trainer.weights.load_folder` fills it. Raises ModelError."""
+    are computed. It takes no memory; `trainer.engine.weights.load_folder` fills it. Raises ModelError."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     family = network_family(config, str(folder))

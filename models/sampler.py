@@ -6,12 +6,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from models.denoise import predict_guided
 from models.diffusion import Schedule
-from models.networks import predict_guided
-from models.parking import awake
+from models.multistep import Student
+from models.offload import awake
 from models.pipeline import load_schedule, load_vae
-from models.student import Student
-from models.text import TextEncoder
+from models.text_encoder import TextEncoder
 
 DECODED_PIXELS = 2 * 1024**2  # of the images that are encoded or decoded at once
 

@@ -8,12 +8,13 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from models.miniature import MiniatureSettings, build_miniature
-from trainer.distributed import World, start
+from models.miniature import build_miniature
+from models.settings import MiniatureSettings
+from trainer.distributed.logs import no_progress_bars
+from trainer.distributed.world import World, start
 from trainer.pretrain import pretrain
-from trainer.quiet import no_progress_bars
 from trainer.record import record
-from trainer.run import Run
+from trainer.training.run import Run
 
 LINEAR = torch.nn.functional.linear
 

@@ -12,14 +12,15 @@ from ranks_elastic import elastic_load, elastic_save, limited  # noqa: F401 (fou
 
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from models.conditioning import Conditioning
-from models.networks import predict
+from models.denoise import predict
 from models.pipeline import WEIGHTS_FILE, empty_network, load_network
-from trainer.distributed import barrier, finish, start
-from trainer.engines import Role, deepspeed_config
-from trainer.quiet import no_progress_bars
+from trainer.config.deepspeed import deepspeed_config
+from trainer.distributed.logs import no_progress_bars
+from trainer.distributed.world import barrier, finish, start
+from trainer.engine.role import Role
+from trainer.path.target import ReadAhead
 from trainer.record import record
-from trainer.run import Run
-from trainer.target import ReadAhead
+from trainer.training.run import Run
 
 
 def parity(root, world):
@@ -93,7 +94,7 @@ def everything(root, world):
     if not two_nodes:
         return
     folder = root / "base" / "pipeline" / "unet"
-    config = deepspeed_config("teacher_node", 1, 1, 0.0, "fp32", world)
+    config = deepspeed_config("teacher_node", 1, 1, 0.0, "fp32", world.size)
     teacher = Role("teacher", empty_network(folder), config, world, folder=folder)
     for s in teacher.weights.slices:
         assert s.size == 2 and s.end - s.start <= s.piece == -(-s.numel // 2)
@@ -114,7 +115,7 @@ def switches(root, world):
         expected = [predict(load_network(folder).eval(), x, t, cond) for folder in folders]
     for threshold in (0, 20, 300, 10**9):
         file = support.zero3_config(root / "switches" / f"threshold-{threshold}.json", threshold)
-        config = deepspeed_config(file, 2, 1, 0.0, "fp32", world)
+        config = deepspeed_config(file, 2, 1, 0.0, "fp32", world.size)
         role = Role("teacher", empty_network(teacher), config, world, folder=teacher)
         reader = ReadAhead(role.weights, world.device)
         for step in range(25):
@@ -136,7 +137,7 @@ def loading(root, world):
         for channels, out in (((96, 192, 384, 384), folder), ((8, 8, 8, 8), small)):
             UNet2DConditionModel(sample_size=8, block_out_channels=channels, **heads).save_pretrained(out)
     barrier(world)
-    config = deepspeed_config(support.sharded_zero3(root / "loading"), 1, 1, 0.0, "fp32", world)
+    config = deepspeed_config(support.sharded_zero3(root / "loading"), 1, 1, 0.0, "fp32", world.size)
     Role("teacher", empty_network(small), config, world, folder=small)  # what libraries take at their first use
     size = (folder / WEIGHTS_FILE).stat().st_size
     assert size > 200e6

@@ -9,12 +9,12 @@ import signal
 import support
 import torch.distributed as dist
 
-from trainer.distributed import barrier
+from trainer.distributed.world import barrier
 from trainer.errors import Stopped, UserError
-from trainer.loop import train
 from trainer.pretrain import Pretraining
 from trainer.record import Recording
-from trainer.run import Run
+from trainer.training.loop import train
+from trainer.training.run import Run
 
 
 def elastic_flags(root, stage):

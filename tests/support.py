@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from trainer.backtrack import Backtracking
-from trainer.configfile import load_settings
-from trainer.distributed import World
+from trainer.config.load import load_settings
+from trainer.config.schema import RunSettings
+from trainer.distributed.world import World
 from trainer.errors import Stopped
-from trainer.loop import train
-from trainer.run import Run
-from trainer.settings import RunSettings
+from trainer.training.loop import train
+from trainer.training.run import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "configs" / "tiny_sdxl.yaml"

@@ -1,3 +1,5 @@
-"""The stages of DisBack and what they share: engines, run state, telemetry and the one training loop."""
+"""DisBack Trainer. Each file here is a verb of `disback`; each folder is a room (docs/architecture.md)."""
 
-from trainer import quiet as quiet  # first of all: it quiets the libraries that the rest imports
+from trainer.distributed import logs as logs  # first of all: it quiets the libraries that the rest imports
+
+VERSION = "0.1.0"

@@ -13,32 +13,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.order import Split
 from data.reader import Batch
+from data.sampling_order import Split
 from models.conditioning import Conditioning
+from models.denoise import denoising_loss, predict, predict_guided
 from models.ema import Ema
-from models.flops import forward_flops, judging_flops
 from models.gan import Discriminator, feature_module
 from models.metrics import spread
-from models.networks import denoising_loss, predict, predict_guided
+from models.multistep import Student
 from models.objectives import OBJECTIVES, Scores
 from models.pipeline import empty_network
-from models.student import Student
-from trainer.adversary import Adversary
-from trainer.command import run_verb
-from trainer.distributed import barrier, mean_over_ranks
+from models.profile_flops import forward_flops, judging_flops
+from trainer.checkpoint.directory import WEIGHTS
+from trainer.checkpoint.reshard_state import redeal
+from trainer.distributed.logs import log
+from trainer.distributed.world import barrier, mean_over_ranks
+from trainer.engine.optimizer import learning_rate
+from trainer.entry import run_verb
 from trainer.errors import UserError
 from trainer.export import export_generator
-from trainer.loop import train
-from trainer.passes import step_flops, trained_pass
-from trainer.path import open_path
-from trainer.regroup import redeal
-from trainer.run import Run
-from trainer.schedules import learning_rate
-from trainer.shelf import WEIGHTS
-from trainer.stage import TrainStage
-from trainer.target import Target, merge_walks
-from trainer.telemetry import Meters, log
+from trainer.path.manifest import open_path
+from trainer.path.target import Target, merge_walks
+from trainer.planner.flops import step_flops, trained_pass
+from trainer.training.gan import Adversary
+from trainer.training.loop import train
+from trainer.training.metrics import Meters
+from trainer.training.run import Run
+from trainer.training.stage import TrainStage
 
 
 class Backtracking(TrainStage):

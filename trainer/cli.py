@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from trainer.version import VERSION
+from trainer import VERSION
 
 VERBS = {
     "shards": "build, encode, index and validate WebDataset shards",

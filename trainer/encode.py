@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.cache import MEMBER, RECORD, made_by, pack
+from data.encoded import MEMBER, RECORD, made_by, pack
 from data.errors import DataError
-from data.index import load_index
 from data.reader import Reject, ShardDataset
-from data.writer import write_shard
-from models.checks import check_fit, check_pipeline
-from models.kernels import set_tf32
+from data.shard_index import load_index
+from data.shard_writer import write_shard
+from models.compile import set_tf32
 from models.sampler import Sampler
-from trainer.cache import fingerprint
+from models.validate import check_fit, check_pipeline
+from trainer.distributed.logs import duration
 from trainer.errors import RankError, UserError
-from trainer.telemetry import duration
+from trainer.training.inputs import fingerprint
 
 SAY_EVERY = 10.0  # seconds between lines of progress
 

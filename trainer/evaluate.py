@@ -14,14 +14,14 @@ from torchvision.utils import make_grid
 
 from models.metrics import Moments, frechet_distance, kernel_distance, precision_recall
 from models.pipeline import replace_folder
-from trainer.command import run_verb
-from trainer.distributed import barrier, from_main, gather_rows, sum_over_ranks
-from trainer.judge import JUDGES, Judge, to_bytes
-from trainer.run import Run
-from trainer.shelf import WEIGHTS
-from trainer.source import Source, find_source
-from trainer.stage import enlarge
-from trainer.telemetry import log
+from trainer.checkpoint.directory import WEIGHTS
+from trainer.distributed.logs import log
+from trainer.distributed.world import barrier, from_main, gather_rows, sum_over_ranks
+from trainer.entry import run_verb
+from trainer.evaluation.features import JUDGES, Judge, to_bytes
+from trainer.evaluation.sources import Source, find_source
+from trainer.training.run import Run
+from trainer.training.stage import enlarge
 
 KEYS = "fid patch_fid kid precision recall clip_score class_accuracy images seed features reference checkpoint".split()
 GRID = 60

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-from models.export import write_student_pipeline
+from models.generator_pipeline import write_student_pipeline
 from models.lora import is_adapter, load_merged
 from models.pipeline import LORA_FOLDER
-from trainer.command import run_verb
+from trainer.checkpoint.directory import WEIGHTS
+from trainer.entry import run_verb
 from trainer.errors import UserError
-from trainer.run import Run
-from trainer.shelf import WEIGHTS
+from trainer.training.run import Run
 
 
 def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool = True) -> str:

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from models.architecture import Architecture, find_architecture
-from trainer.advice import smallest_change, teacher_advice
-from trainer.command import Parser, guarded
-from trainer.configfile import load_settings
+from trainer.config.load import load_settings
+from trainer.config.schema import RunSettings
+from trainer.entry import Parser, guarded
 from trainer.errors import UserError
-from trainer.settings import RunSettings
-from trainer.stageplan import PLANS, StagePlan, network_cost
-from trainer.telemetry import PEAK_TFLOPS
+from trainer.planner.search import smallest_change, teacher_advice
+from trainer.planner.stages import PLANS, StagePlan, network_cost
+from trainer.training.metrics import PEAK_TFLOPS
 
 KINDS = ("parameters", "gradients", "optimizer", "ema", "buckets", "gathered")
 

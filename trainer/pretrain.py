@@ -8,24 +8,25 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.order import Split
+from data.sampling_order import Split
 from models.conditioning import image_time_ids
+from models.denoise import denoising_loss
 from models.ema import Ema
 from models.families import family_of
-from models.flops import forward_flops
 from models.miniature import build_miniature
-from models.networks import denoising_loss
 from models.pipeline import replace_folder
-from trainer.autoencoder import train_autoencoder
-from trainer.cache import batch_latents
-from trainer.command import run_verb
-from trainer.distributed import barrier
-from trainer.loop import train
-from trainer.run import Run
-from trainer.schedules import learning_rate
-from trainer.shelf import WEIGHTS
-from trainer.stage import TrainStage
-from trainer.telemetry import Meters, log
+from models.profile_flops import forward_flops
+from trainer.checkpoint.directory import WEIGHTS
+from trainer.distributed.logs import log
+from trainer.distributed.world import barrier
+from trainer.engine.optimizer import learning_rate
+from trainer.entry import run_verb
+from trainer.training.autoencoder import train_autoencoder
+from trainer.training.inputs import batch_latents
+from trainer.training.loop import train
+from trainer.training.metrics import Meters
+from trainer.training.run import Run
+from trainer.training.stage import TrainStage
 
 
 class Pretraining(TrainStage):

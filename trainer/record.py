@@ -9,25 +9,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.batches import collate
-from data.order import Split
+from data.loader import collate
+from data.sampling_order import Split
 from models.conditioning import Conditioning
-from models.flops import forward_flops
-from models.networks import denoising_loss, predict
+from models.denoise import denoising_loss, predict
+from models.multistep import Student
 from models.pipeline import weight_files
-from models.student import Student
-from trainer.command import run_verb
-from trainer.distributed import barrier, sum_over_ranks
+from models.profile_flops import forward_flops
+from trainer.checkpoint.directory import step_name
+from trainer.distributed.logs import log
+from trainer.distributed.world import barrier, sum_over_ranks
+from trainer.engine.optimizer import learning_rate
+from trainer.engine.save_weights import ABOUT, FolderWriter
+from trainer.entry import run_verb
 from trainer.errors import UserError
-from trainer.loop import train
-from trainer.passes import sample_passes, trained_pass
-from trainer.path import MANIFEST, Node, choose_nodes, generator_hash, write_manifest
-from trainer.run import Run
-from trainer.schedules import learning_rate
-from trainer.shelf import step_name
-from trainer.stage import TrainStage
-from trainer.telemetry import Meters, log
-from trainer.writer import ABOUT, FolderWriter
+from trainer.path.manifest import MANIFEST, Node, choose_nodes, generator_hash, write_manifest
+from trainer.planner.flops import sample_passes, trained_pass
+from trainer.training.loop import train
+from trainer.training.metrics import Meters
+from trainer.training.run import Run
+from trainer.training.stage import TrainStage
 
 
 class Recording(TrainStage):

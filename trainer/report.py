@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.command import run_verb
+from trainer.entry import run_verb
 from trainer.errors import UserError
-from trainer.plots import compared, evaluated, single
-from trainer.results import Results, Row, as_json, as_text, table
-from trainer.run import Run
+from trainer.evaluation.plots import compared, evaluated, single
+from trainer.evaluation.results import Results, Row, as_json, as_text, table
+from trainer.training.run import Run
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }

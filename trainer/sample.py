@@ -7,11 +7,11 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
-from trainer.command import run_verb
+from trainer.entry import run_verb
 from trainer.errors import UserError
-from trainer.run import Run
-from trainer.source import find_source
-from trainer.stage import enlarge
+from trainer.evaluation.sources import find_source
+from trainer.training.run import Run
+from trainer.training.stage import enlarge
 
 
 def sample(run: Run) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from data.digits import build_digits
-from data.folder import build_folder
-from data.index import build_index, save_index
-from data.patterns import expand
+from data.image_folder import build_folder
+from data.shard_index import build_index, save_index
+from data.shard_patterns import expand
 from data.validate import validate
-from trainer.command import Parser, guarded
+from trainer.distributed.logs import no_progress_bars
+from trainer.entry import Parser, guarded
 from trainer.errors import UserError
-from trainer.quiet import no_progress_bars
 
 
 def encode_with(args: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from trainer.config.load import read_values
 from trainer.errors import UserError
-from trainer.yamlfile import read_values
 
 STAGES = ("autoencoder", "pretrain", "record", "backtrack")
 QUIET_SECONDS = 600.0  # without a word for longer than this, and than five lines should take, a run has stalled

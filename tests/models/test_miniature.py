@@ -7,7 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from data.digits import PHRASINGS, caption
-from models.miniature import MiniatureSettings, build_miniature
+from models.miniature import build_miniature
+from models.settings import MiniatureSettings
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,86 @@
+"""The sections of a run's configuration that networks own. No torch here: login nodes read configurations too."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# DMD2's modules for SDXL (main/sd_unified_model.py): attention and its projections, feed-forward, every convolution of
+# the residual blocks and between the levels, and the timestep's projections. That is all a UNet computes with, except its
+# first and last layer and the embeddings: a one-step generator has to change its convolutions too.
+LORA_TARGETS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv "
+    "upsamplers.0.conv time_emb_proj"
+).split()
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class GanSettings(_Settings):
+    """The GAN term (DMD2, section 4.3): a classifier head on the fake score's features. Weights are DMD2's for SDXL."""
+
+    enabled: bool = False
+    """adds the term"""
+    generator_weight: float = Field(5e-3, ge=0)
+    """weight of the generator's loss"""
+    head_weight: float = Field(1e-2, gt=0)
+    """weight of the head's loss"""
+    timesteps: tuple[float, float] = (0.0, 1.0)
+    """range of timesteps that samples are noised to for the head, as shares of the schedule"""
+    shared_pass: bool = True
+    """the head judges generated samples in the fake score's regular passes, at their x_t, instead of in extra passes with
+    their own noise: the same losses in expectation (the generator's over backtrack.timesteps), a quarter less
+    computation; it needs all timesteps"""
+
+    @model_validator(mode="after")
+    def _range(self) -> "GanSettings":
+        low, high = self.timesteps
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"timesteps {list(self.timesteps)} must be shares of the schedule, 0 <= low < high <= 1")
+        if self.shared_pass and (low, high) != (0.0, 1.0):
+            raise ValueError(
+                "shared_pass judges samples at the fake score's own timesteps, which are all of [0.0, 1.0]: set "
+                "gan.shared_pass=false for other gan.timesteps"
+            )
+        return self
+
+
+class LoraSettings(_Settings):
+    """LoRA on generator, fake score and path nodes."""
+
+    rank: int = Field(0, ge=0)
+    """rank of the adapters; 0 trains whole networks (DMD2's LoRA script for SDXL has 64)"""
+    alpha: float | None = Field(None, gt=0)
+    """the update is scaled by alpha / rank; null is the rank itself, a scale of 1 (DMD2 has 8 at rank 64)"""
+    targets: list[str] = LORA_TARGETS
+    """endings of the module names that get an adapter; the default is DMD2's list for SDXL"""
+
+    def identity(self) -> dict:
+        """What two adapters must have in common for the weights of one to fit, and mean the same, on the other."""
+        return {"rank": self.rank, "alpha": self.alpha or float(self.rank), "targets": sorted(set(self.targets))}
+
+
+class MiniatureSettings(_Settings):
+    """The miniature pipeline. Images of `resolution` pixels become latents of half the side."""
+
+    family: Literal["sdxl", "sd15", "sd21", "sd3"] = "sdxl"
+    """sdxl, sd15 (epsilon), sd21 (v prediction) or sd3 (a transformer with flow prediction)"""
+    resolution: int = 8
+    """side of the images, in pixels"""
+    unet_channels: tuple[int, int] = (48, 96)
+    """channels of the UNet's two levels; the first is the width of an sd3 transformer"""
+    vae_channels: tuple[int, int] = (32, 64)
+    """channels of the autoencoder's two levels"""
+    latent_channels: int = 4
+    """channels of the latents"""
+    heads: int = 2
+    """attention heads"""
+    text_widths: tuple[int, int] = (32, 32)
+    """widths of the two text encoders; cross-attention sees their sum"""
+    pooled: int = 32
+    """width of the pooled text"""
+    tokens: int = 16
+    """length of a caption in tokens; attention over 77 mostly padded tokens is wasted work here"""
+    seed: int = 0
+    """seed of the initial weights"""

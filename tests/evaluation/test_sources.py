@@ -1,0 +1,242 @@
+"""Where a teacher comes from: what is refused before a weight is read, variants of weight files, and the hub's cache."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import support
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from models.errors import ModelError
+from models.generator_pipeline import write_student_pipeline
+from models.miniature import build_miniature
+from models.pipeline import load_network, load_text, weight_files, weights_hash
+from models.settings import MiniatureSettings
+from models.validate import check_fit, check_pipeline
+from trainer.backtrack import backtrack
+from trainer.distributed.world import World
+from trainer.errors import UserError
+from trainer.record import record
+from trainer.training.hub import local_pipeline
+from trainer.training.run import Run
+
+CPU = torch.device("cpu")
+
+
+def build(kind: str, folder: Path, **save: object) -> Path:
+    sizes = {"unet_channels": (16, 32), "vae_channels": (16, 16), "text_widths": (8, 8), "pooled": 16}
+    build_miniature(MiniatureSettings(family=kind, **sizes)).save_pretrained(folder, **save)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("whole")
+    return {kind: build(kind, root / kind) for kind in ("sdxl", "sd15", "sd3")}
+
+
+def edited(source: Path, folder: Path, file: str, **values: object) -> Path:
+    """A copy of a pipeline with some values of one of its configurations changed."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "values", "words"),
+    [
+        ("sd15", "model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline is not a pipeline .* use one of"),
+        (
+            "sd15",
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "velocity"},
+            "prediction_type 'velocity' is not",
+        ),
+        ("sd3", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ("sd15", "unet/config.json", {"in_channels": 9}, "takes 9 and gives 4 channels.*no inpainting"),
+        (
+            "sd15",
+            "unet/config.json",
+            {"addition_embed_type": "text_time"},
+            "not the denoiser of a StableDiffusionPipeline",
+        ),
+        ("sdxl", "vae/config.json", {"latents_mean": [0.0] * 4}, "latents_mean"),
+    ],
+)
+def test_pipelines_that_cannot_be_distilled(whole, tmp_path, kind, file, values, words):
+    check_pipeline(whole[kind])
+    with pytest.raises(ModelError, match=words):
+        check_pipeline(edited(whole[kind], tmp_path / "p", file, **values))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("sd3", "transformer/config.json"),
+        ("sd3", "text_encoder_3/model.safetensors"),
+        ("sdxl", "tokenizer_2"),
+        ("sd15", "vae/diffusion_pytorch_model.safetensors"),
+        ("sd15", "scheduler/scheduler_config.json"),
+    ],
+)
+def test_missing_parts_are_named(whole, tmp_path, kind, name):
+    folder = shutil.copytree(whole[kind], tmp_path / "p")
+    gone = folder / name
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(ModelError, match=gone.name):
+        check_pipeline(folder)
+
+
+def test_settings_that_do_not_fit(whole):
+    """The autoencoder halves the side; the transformer's patches halve it again, and it has 2 x 2 positions."""
+    check_fit(whole["sd15"], 10, (399,)), check_fit(whole["sd3"], 8, (1000,))
+    check_fit(whole["sd15"], 8, (999, 749, 499, 249))
+    for kind, resolution, timesteps, words in (
+        ("sd15", 9, (399,), "data.resolution=9 is not a multiple of 2 .* use 8"),
+        ("sd3", 10, (1000,), "data.resolution=10 is not a multiple of 4"),
+        ("sd3", 12, (1000,), "at most 8 pixels"),
+        ("sd15", 8, (1000,), "timesteps up to 999"),
+        ("sd3", 8, (399,), "set conditioning_timestep=1000"),
+        ("sd15", 8, (1000, 500), r"student_timesteps=\[1000, 500\]: .*timesteps up to 999"),
+        ("sd3", 8, (1000, 500), r"student_timesteps=\[1000, 500\]: .* is a flow.*student_timesteps=\[\]"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            check_fit(whole[kind], resolution, timesteps)
+
+
+def test_nothing_is_made_of_a_pipeline_that_does_not_fit(shards, whole, tmp_path):
+    for verb in (record, backtrack):
+        run = Run(support.tiny(shards, "unfit", f"pipeline={whole['sd3']}", f"path={tmp_path}/p"), World(0, 1, 0, CPU))
+        with pytest.raises(ModelError, match="conditioning_timestep=399: .* set conditioning_timestep=1000"):
+            verb(run)
+        assert not run.folder.exists() and not (tmp_path / "p").exists()
+
+
+def test_pickle_weights_are_refused_with_the_way_out(whole, tmp_path):
+    folder = shutil.copytree(whole["sd15"], tmp_path / "p")
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (folder / part).glob("*.safetensors"):
+            kind = "pytorch_model.bin" if file.name == "model.safetensors" else file.with_suffix(".bin").name
+            torch.save(load_file(file), folder / part / kind)
+            file.unlink()
+    with pytest.raises(
+        ModelError, match=r"\*\.bin.*python -c .*use_safetensors=False.*safe_serialization=True"
+    ) as refusal:
+        check_pipeline(folder)
+    # What the message says must work.
+    code = str(refusal.value).partition('python -c "')[2].rpartition('"')[0]
+    exec(code.replace("PIPELINE", str(folder)).replace("CONVERTED", str(tmp_path / "c")))
+    check_pipeline(tmp_path / "c")
+    one, two = (load_network(f / "unet").state_dict() for f in (whole["sd15"], tmp_path / "c"))
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+@pytest.mark.parametrize("shard", ["10GB", "200KB"])
+def test_variants(whole, tmp_path, shard):
+    """A folder with fp16 and plain files, single or sharded with an index: the variant is what is loaded, hashed and
+    exported, there under plain names."""
+    half = build_miniature(MiniatureSettings(family="sd15", unet_channels=(16, 32), text_widths=(8, 8), seed=1)).to(
+        torch.half
+    )
+    half.save_pretrained(tmp_path / "p", variant="fp16", max_shard_size=shard)
+    folder, unet = tmp_path / "p", tmp_path / "p" / "unet"
+    assert (len(weight_files(unet, "fp16")) > 1) == (shard == "200KB")
+    with pytest.raises(ModelError, match="no diffusion_pytorch_model.safetensors"):
+        weight_files(unet)
+    check_fit(check_pipeline(folder, "fp16"), 8, (399,), "fp16")
+    assert all(".fp16" in f.name for f in weight_files(unet, "fp16"))
+    expected = half.unet.state_dict()
+    loaded = load_network(unet, variant="fp16").state_dict()
+    assert all(torch.equal(v, expected[k].float()) for k, v in loaded.items())
+    digest = weights_hash(unet, "fp16")
+    text = load_text(folder, torch.float32, CPU, "fp16").text_encoder.state_dict()
+    assert all(torch.equal(v, half.text_encoder.state_dict()[k].float()) for k, v in text.items())
+    write_student_pipeline(folder, whole["sd15"] / "unet", (399,), tmp_path / "out", {}, "fp16")
+    assert not list((tmp_path / "out").rglob("*fp16*"))
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(v, half.vae.state_dict()[k].float()) for k, v in pipe.vae.float().state_dict().items())
+    # Beside them the plain files of another network: the setting decides.
+    for file in (whole["sd15"] / "unet").glob("*.safetensors"):
+        shutil.copy(file, unet)
+    assert weights_hash(unet, "fp16") == digest != weights_hash(unet) == weights_hash(whole["sd15"] / "unet")
+    with pytest.raises(ModelError, match=r"variant=bf16: .*no diffusion_pytorch_model.bf16.safetensors"):
+        check_fit(folder, 8, (399,), "bf16")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Path:
+    """An offline hub with an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cache(hub: Path, repository: str, pipeline: Path, commit: str = "a" * 40) -> Path:
+    """Puts a pipeline into the cache, as a download leaves it there."""
+    root = hub / f"models--{repository.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(pipeline, root / "snapshots" / commit))
+
+
+def test_hub_models_from_the_cache(shards, whole, hub):
+    world = World(0, 1, 0, CPU)
+    snapshot = cache(hub, "someone/tiny-sd", whole["sd15"])
+    for rank in (0, 1):  # the one that may fetch, and one that may not
+        for name in ("someone/tiny-sd", "someone/tiny-sd@" + "a" * 40):
+            assert local_pipeline(name, "", "pipeline", World(rank, 1, rank, CPU)) == snapshot
+    assert local_pipeline(str(whole["sd15"]), "", "pipeline", world) == whole["sd15"]
+    run = Run(support.tiny(shards, "hub", "pipeline=someone/tiny-sd"), world)
+    assert run.teacher_folder == run.start_folder == snapshot / "unet"
+    assert run.settings.pipeline == "someone/tiny-sd"  # what the run's configuration keeps
+
+
+def test_neither_folder_nor_cached(shards, hub):
+    with pytest.raises(
+        UserError, match="pipeline=someone/absent: there is no such folder.*neither cached nor reachable"
+    ):
+        _ = Run(support.tiny(shards, "hub", "pipeline=someone/absent"), World(0, 1, 0, CPU)).pipeline_folder
+    with pytest.raises(ModelError, match="a/b/c: model_index.json is missing"):
+        _ = Run(support.tiny(shards, "hub", "pipeline=a/b/c"), World(0, 1, 0, CPU)).pipeline_folder
+    done = support.verb(
+        "record", "--config", str(support.TINY), "run=x", "pipeline=someone/absent", cwd=shards, HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "neither cached nor reachable" in done.stderr
+
+
+def test_only_what_is_needed_is_fetched():
+    """The patterns against file lists of the published repositories."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    from trainer.training.hub import _patterns
+
+    published = """.gitattributes model_index.json sd_xl_base_1.0.safetensors README.md unet/model.onnx unet/config.json
+        scheduler/scheduler_config.json tokenizer/merges.txt tokenizer/vocab.json tokenizer/tokenizer_config.json
+        tokenizer/special_tokens_map.json tokenizer_3/spiece.model tokenizer_3/tokenizer.json vae/config.json
+        unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors
+        unet/diffusion_pytorch_model.non_ema.safetensors unet/diffusion_pytorch_model.bin vae_1_0/config.json
+        vae/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.fp16.safetensors
+        text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model.safetensors.index.json
+        text_encoder_3/model.fp16-00001-of-00002.safetensors text_encoder_3/model.safetensors.index.fp16.json
+        safety_checker/model.safetensors text_encoder/model.safetensors text_encoder/config.json""".split()
+    plain = set(filter_repo_objects(published, **_patterns("")))
+    half = set(filter_repo_objects(published, **_patterns("fp16")))
+    weights = {name for name in plain if "safetensors" in name}
+    assert weights == {
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors", "text_encoder_3/model-00001-of-00002.safetensors",
+        "text_encoder_3/model.safetensors.index.json",
+    }  # fmt: skip
+    assert {name for name in half if name.endswith(".safetensors")} == {
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    }  # fmt: skip
+    assert "text_encoder_3/model.safetensors.index.fp16.json" in half
+    for chosen in (plain, half):
+        assert {n for n in published if n.startswith(("tokenizer", "scheduler", "model_index"))} <= chosen
+        assert not {n for n in chosen if n.startswith(("vae_1_0", "safety", "sd_xl", "unet/model.onnx"))}

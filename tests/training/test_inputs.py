@@ -1,0 +1,205 @@
+"""Encoded shards: what is in them, that training on them is training on their images, and what is refused."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import support
+import torch
+
+from data.errors import DataError
+from data.loader import Batches
+from data.reader import ShardDataset
+from data.shard_index import load_index
+from data.shard_patterns import expand
+from data.shard_writer import write_shards
+from models.miniature import build_miniature
+from models.pipeline import load_network
+from models.settings import MiniatureSettings
+from trainer import shards as command
+from trainer.errors import UserError
+from trainer.pretrain import Pretraining
+from trainer.record import Recording
+from trainer.training.loop import train
+from trainer.training.run import Run
+
+SMALL = MiniatureSettings(unet_channels=(16, 32), vae_channels=(16, 16), text_widths=(8, 8), pooled=16)
+
+
+def encode(source, out, pipeline, *more) -> int:
+    call = ["--encode", f"{source}", "--out", f"{out}", "--pipeline", f"{pipeline}", "--resolution", "8", *more]
+    return command.main(call)
+
+
+@pytest.fixture(scope="module")
+def place(shards):
+    """A folder with a miniature, 40 digits in five shards ("plain"), and these encoded in float32, with text ("full")."""
+    folder = shards / "cache"
+    build_miniature(SMALL).save_pretrained(folder / "pipeline")
+    digits = ShardDataset(expand(f"{shards}/shards/train-*.tar")[:1], 8)
+    rows = [{"__key__": f"k{i}", "png": digits._read(i, "image"), **digits.read_text(i)} for i in range(40)]
+    samples = [
+        {"__key__": row["__key__"], "png": row["png"], "txt": row["caption"], "json": row["meta"]} for row in rows
+    ]
+    write_shards(samples, folder / "plain", "s", 8)
+    assert encode(folder / "plain", folder / "full", folder / "pipeline", "--text", "--precision", "fp32") == 0
+    return folder
+
+
+def run(place, world, name, data, *overrides) -> Run:
+    settings = support.tiny(place, name, f"pipeline={place}/pipeline", f"path={place / name}/path", *overrides)
+    settings.data.train = str(place / data)
+    settings.pretrain.start = str(place / "pipeline")
+    return Run(settings, world)
+
+
+def watch(stage) -> Counter:
+    """Calls of the stage's encoders, in training steps: its previews are switched off."""
+    calls = Counter()
+    stage.sampler.text.parts.text_encoder.register_forward_hook(lambda *_: calls.update(["text"]))
+    stage.sampler.vae.encoder.register_forward_hook(lambda *_: calls.update(["vae"]))
+    return calls
+
+
+def trained(kind, run, name, *args) -> tuple[dict, Counter]:
+    stage, settings = kind(run, *args), getattr(run.settings, name)
+    settings.loop.sample_every = 0
+    calls = watch(stage)
+    train(stage, settings.loop, run.settings.health, run.stage_folder(name), run.world)
+    return {f"{r}.{k}": v for r, role in stage.roles.items() for k, v in (role.state_dict() or {}).items()}, calls
+
+
+def moved(place, weights, role) -> float:
+    """How far training moved a weight of a role at most: what two equal runs must have done to say anything."""
+    start = load_network(place / "pipeline" / "unet").state_dict()
+    return max(float((weights[f"{role}.{key}"] - value).abs().max()) for key, value in start.items())
+
+
+def test_an_encoded_sample_is_its_image_and_caption(place, world):
+    plain, full = (ShardDataset(expand(f"{place / d}"), 8, w) for d, w in (
+        ("plain", ("image", "caption", "meta")), ("full", ("caption", "meta", "latents", "text"))
+    ))  # fmt: skip
+    sampler = run(place, world, "look", "plain", "precision=fp32").sampler(place / "pipeline")
+    one, other = (next(Batches(dataset, 0, 1, 6)) for dataset in (plain, full))
+    assert one.captions == other.captions and other.images is None
+    assert torch.equal(one.original_sizes, other.original_sizes) and torch.equal(one.crops, other.crops)
+    mean, std = sampler.posterior(one.images)
+    cond = sampler.text.encode(one.captions, 8)
+    fresh = {"latent_mean": mean, "latent_std": std, "states": cond.states, "pooled": cond.pooled}
+    assert support.largest_difference(fresh, other.cached) < 1e-5
+    assert all(b["class"] == a["class"] and b["cache"]["vae"] for a, b in zip(one.meta, other.meta, strict=True))
+    only = ShardDataset(expand(f"{place / 'full'}"), 8, ("caption", "text"))[0]
+    assert only["cached"].keys() == {"states", "pooled"}
+
+
+def test_encoding_goes_on_and_is_split(place, tmp_path, monkeypatch, capsys):
+    options = (place / "plain", tmp_path, place / "pipeline", "--text", "--precision", "fp32")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert encode(*options, "--batch", "8", "--workers", "1") == 0
+    assert sorted(file.name for file in tmp_path.glob("*.tar")) == ["s-000001.tar", "s-000003.tar"]
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.tar")}
+    (tmp_path / "s-000000.tar.tmp").write_bytes(b"half a shard")  # of an encoding that was killed
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert encode(*options) == 0
+    assert "2 of 5 shards are there already" in capsys.readouterr().out
+    assert all(file.stat().st_mtime_ns == before for file, before in times.items())
+    assert not list(tmp_path.glob("*.tmp"))
+    for file in (place / "full").glob("*.tar"):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    assert encode(*options[:3]) == 2  # without text: other shards under the same names
+    assert "another text, precision" in capsys.readouterr().err
+
+
+def test_a_broken_image_is_left_out(place, tmp_path, capsys):
+    samples = [{"__key__": "a", "png": b"no png", "txt": "a"}]
+    samples += [{"__key__": "b", "png": ShardDataset(expand(f"{place}/plain"), 8)._read(0, "image"), "txt": "b"}]
+    write_shards(samples, tmp_path / "in", "s")
+    assert encode(tmp_path / "in", tmp_path / "out", place / "pipeline") == 0
+    assert "image does not decode" in capsys.readouterr().out
+    index = load_index(tmp_path / "out" / "s-000000.tar")
+    assert index.keys.tolist() == [b"b"] and index.extensions == ["json", "safetensors", "txt"]
+    item = ShardDataset([index.tar], 8, ("caption", "latents"))[0]
+    assert item["cached"]["latent_mean"].dtype == torch.bfloat16 and item["cached"].keys() == {
+        "latent_mean",
+        "latent_std",
+    }
+
+
+def test_pretraining_from_the_cache_is_pretraining_from_images(place, world):
+    more = ("precision=fp32", "pretrain.optimizer.eps=1e-4", "pretrain.steps=6", "pretrain.optimizer.warmup=0")
+    fresh, worked = trained(Pretraining, run(place, world, "fresh", "plain", *more), "pretrain", place / "pipeline")
+    cached, idle = trained(Pretraining, run(place, world, "cached", "full", *more), "pretrain", place / "pipeline")
+    assert worked["vae"] == worked["text"] == 6 and not idle
+    assert support.largest_difference(fresh, cached) < 1e-5
+    assert moved(place, fresh, "teacher") > 1e-3
+
+
+def test_recording_and_backtracking_use_cached_text(place, world):
+    more = (*support.EPS, "precision=fp32", "record.steps=4", "gan.enabled=true", "backtrack.path=none")
+    more = (
+        *more,
+        "backtrack.generator.lr=1e-3",
+        "backtrack.fake_score.lr=1e-3",
+        "backtrack.steps=4",
+        "backtrack.fake_updates=2",
+        "backtrack.loop.save_every=2",
+    )
+    found = {}
+    for data in ("plain", "full"):
+        here = run(place, world, f"all-{data}", data, *more)
+        _, calls = trained(Recording, here, "record")
+        assert (calls["text"] > 0) == (data == "plain") and not calls["vae"]
+        here.settings.backtrack.loop.sample_every = 0
+        found[data] = support.backtrack_weights(here)
+    assert support.largest_difference(*found.values()) < 1e-5
+    assert moved(place, found["full"], "generator") > 1e-4
+    stopped = run(place, world, "stopped", "full", *more)
+    stopped.settings.backtrack.loop.sample_every = 0
+    assert support.backtrack_weights(stopped, signal_at=(2,)) is None
+    resumed = support.backtrack_weights(stopped)
+    assert all(torch.equal(resumed[key], value) for key, value in found["full"].items())
+
+
+def test_another_cache_is_refused(place, world, tmp_path):
+    def refusal(data="full", pipeline=None, *overrides) -> str:
+        with pytest.raises((UserError, DataError)) as raised:
+            Pretraining(run(place, world, "refused", data, *overrides), pipeline or place / "pipeline")
+        return str(raised.value)
+
+    assert "data.resolution=16" in refusal("full", None, "data.resolution=16")
+    for part, named in (("vae", "another autoencoder"), ("text_encoder_2", "another text encoders")):
+        other = tmp_path / part
+        shutil.copytree(place / "pipeline", other)
+        file = next((other / part).glob("*.safetensors"))
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+        assert named in refusal("full", other)
+    assert "not encoded" in refusal("plain", None, "data.cached=require")
+    latents = tmp_path / "latents"
+    assert encode(place / "plain", latents, place / "pipeline") == 0
+    assert "no text states" in refusal(latents, None, "data.cached=require")
+    assert "no image" in refusal("full", None, "data.cached=off")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(place / "full", mixed)
+    shutil.copy(place / "plain" / "s-000004.tar", mixed / "s-000009.tar")
+    assert "mixed" in refusal(mixed) and "is not" in refusal(mixed)
+    shutil.copy(latents / "s-000004.tar", mixed / "s-000009.tar")
+    assert "differ in text" in refusal(mixed)
+
+
+def test_damaged_tensors_are_rejected(place, tmp_path):
+    index = load_index(place / "full" / "s-000000.tar")
+    good = ShardDataset([index.tar], 8, ("caption", "text"))
+    meta = good.read_text(0)["meta"]
+    samples = [{"__key__": "a", "safetensors": b"nonsense", "txt": "a", "json": meta}]
+    samples += [{"__key__": "b", "safetensors": good._read(1, "cache"), "txt": "b", "json": meta}]
+    samples += [{"__key__": "c", "safetensors": good._read(1, "cache"), "txt": "c", "json": json.loads("{}")}]
+    dataset = ShardDataset(write_shards(samples, tmp_path, "s"), 8, ("caption", "text"))
+    assert {dataset[i]["key"] for i in range(3)} == {"b"}
+    assert sum((Counter(dataset[i]["skipped"]) for i in range(3)), Counter()).keys() == {
+        "encoded tensors or their record are damaged"
+    }

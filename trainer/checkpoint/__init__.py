@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, found again, loaded to the bit or resharded."""

@@ -1,0 +1,1 @@
+"""The configuration. No torch and no DeepSpeed in here."""

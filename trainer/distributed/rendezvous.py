@@ -1,0 +1,287 @@
+"""How the processes of a run find each other, and a check of every node before any weight is loaded.
+
+Every rank writes who it is, and what is wrong with it, into the key-value store of rank 0. Rank 0 calls the roll within a
+time limit, says one line a node, and gives the verdict that all ranks then share: a node that does not answer is named at
+once, instead of a collective that hangs for half an hour.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from trainer.distributed.job import leave_word, node_name, report_nodes
+from trainer.errors import NodeTrouble, UserError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+START_SECONDS = 600.0  # 64 nodes that import torch from one file system at once are slow, not dead
+SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+
+
+def environment() -> None:
+    """Gives torch.distributed its five variables: from the launcher, from srun, or for a single process."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in env:
+                raise UserError(
+                    f"srun starts {env['WORLD_SIZE']} tasks but {name} is not set: export it in the job script, or use those "
+                    "of slurm/"
+                )
+    if "RANK" not in env:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def interface_toward(peer: str) -> str | None:
+    """The name of the network interface from which another node is reached; None if it cannot be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 9))  # sends nothing: it only chooses the route
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue  # an interface without an address
+            if socket.inet_ntoa(answer[20:24]) == own:
+                return name
+    return None
+
+
+def choose_interface() -> None:
+    """Makes gloo and NCCL talk over the interface that leads to the other nodes, unless the user chose one. Left alone they
+    take the first that is up, which on many clusters is a management network or a container bridge."""
+    peers = os.environ.get("DISBACK_PEERS", "").split()
+    if len(peers) < 2:
+        return
+    name = interface_toward(peers[1] if os.environ.get("SLURM_NODEID", "0") == "0" else peers[0])
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, not all that begin so
+
+
+def find_device(accelerator) -> tuple[torch.device, str, str]:
+    """This rank's device, its name and, of a GPU, its identity. Raises UserError without the GPUs that the job asked for."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() == "cpu":
+        asked = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or "0"
+        if asked != "0" and os.environ.get("DS_ACCELERATOR") != "cpu":
+            raise UserError(
+                f"the job asked for GPUs ({asked} a node), but torch sees none: look at nvidia-smi on the node and at "
+                f"`python -c 'import torch; print(torch.version.cuda)'`, or submit with --gpus-per-node=0 to run on CPUs"
+            )
+        return torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads", ""
+    count = accelerator.device_count()
+    if count == 1 and local > 0:
+        local = 0  # srun --gpus-per-task: each task sees its own GPU only
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed chooses its device by it
+    if local >= count:
+        raise UserError(f"local rank {local} has no GPU: torch sees {count}; start one process a GPU")
+    accelerator.set_device(local)
+    device = torch.device(accelerator.device_name(local))
+    if device.type != "cuda":
+        return device, device.type, ""
+    about = torch.cuda.get_device_properties(device)
+    return device, about.name, str(about.uuid)
+
+
+def _store(rank: int, size: int, limit: float) -> dist.Store:
+    """The key-value store of rank 0, or of torchrun's agent. Raises UserError for a port in use, NodeTrouble without an
+    answer."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if serves:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise UserError(
+                    f"port {port} cannot be used on node {node_name()} ({error.strerror}): set another MASTER_PORT"
+                ) from error
+    try:
+        store = dist.TCPStore(
+            address, port, size, serves, datetime.timedelta(seconds=limit), wait_for_workers=False
+        )  # fmt: skip
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        first = (os.environ.get("DISBACK_NODES", "").split() or [address])[0]
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            report_nodes([first])
+        raise NodeTrouble(
+            f"node {node_name()}, rank {rank}: rank 0 on node {first} did not answer at {address}:{port} within "
+            f"{limit:.0f} s: it has not started, or a firewall is between",
+            speaks=os.environ.get("LOCAL_RANK", "0") == "0",
+        ) from error
+    return dist.PrefixStore("disback", store)
+
+
+def _node_of(rank: int, size: int) -> str:
+    """The node that a rank which said nothing should be on: Slurm hands ranks out node by node."""
+    nodes = os.environ.get("DISBACK_NODES", "").split()
+    return nodes[rank * len(nodes) // size] if nodes else "unknown"
+
+
+def _missing(ranks: list[int], size: int) -> tuple[str, list[str]]:
+    nodes = list(dict.fromkeys(_node_of(r, size) for r in ranks))
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown} (node {', '.join(nodes)})", nodes
+
+
+def _roll_call(store: dist.Store, size: int, limit: float) -> dict:
+    """Rank 0: waits for all ranks, says one line a node; the verdict: {} or {"problem", "nodes", "mistake"}."""
+    deadline = time.monotonic() + limit
+    keys = [f"rank/{rank}" for rank in range(size)]
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    if absent:
+        who, nodes = _missing(absent, size)
+        return {"problem": f"{who} did not answer within {limit:.0f} s of the start", "nodes": nodes, "mistake": False}
+    answers = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys)}
+    by_node: dict[str, list[int]] = {}
+    for rank, answer in answers.items():
+        by_node.setdefault(answer["node"], []).append(rank)
+    bad = {node: answers[r]["problem"] for node, ranks in by_node.items() for r in ranks if answers[r]["problem"]}
+    if bad:
+        node, problem = next(iter(bad.items()))
+        everywhere = len(bad) == len(by_node)
+        where = "every node" if everywhere and len(by_node) > 1 else f"node {', '.join(bad) if len(bad) < 9 else node}"
+        return {"problem": f"{where}: {problem}", "nodes": list(bad), "mistake": everywhere}
+    for node, ranks in by_node.items():
+        gpus = [answers[r]["gpu"] for r in ranks if answers[r]["gpu"]]
+        if len(set(gpus)) < len(gpus):
+            problem = f"node {node}: several of the ranks {ranks} share one GPU: start one process a GPU"
+            return {"problem": problem, "nodes": [node], "mistake": True}
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+        names = ", ".join(sorted({answers[r]["device"] for r in ranks}))
+        print(f"{node}: {span}: {len(ranks)} x {names}", file=sys.stderr, flush=True)
+    return {}
+
+
+def _verdict(store: dist.Store, rank: int, size: int, limit: float) -> dict:
+    """Rank 0's verdict on the roll call, on every rank."""
+    if rank > 0:
+        try:
+            store.wait(["verdict"], datetime.timedelta(seconds=2 * limit))
+            verdict = json.loads(store.get("verdict"))
+            store.set(f"heard/{rank}", "")
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise NodeTrouble("rank 0 went away during the check of the nodes", speaks=False) from error
+        return verdict
+    verdict = _roll_call(store, size, limit) if size > 1 else {}
+    store.set("verdict", json.dumps(verdict))
+    if verdict:
+        if not verdict["mistake"]:
+            report_nodes(verdict["nodes"])
+        present = [r for r in range(1, size) if store.check([f"rank/{r}"])]
+        try:  # the store ends with this process: let the others read first
+            store.wait([f"heard/{r}" for r in present], datetime.timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):
+            pass
+    return verdict
+
+
+def _watch(done: threading.Event, size: int, limit: float) -> None:
+    """Rank 0: ends the process with a reason if the process group or the first all-reduce hangs."""
+    if done.wait(limit):
+        return
+    store = dist.PrefixStore(
+        "disback", dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, False)
+    )  # a connection of its own: the main thread may hold the other one
+    what = "did not join the process group"
+    absent = [r for r in range(size) if not store.check([f"joined/{r}"])]
+    if not absent:
+        what = "did not finish the first all-reduce"
+        absent = [r for r in range(size) if not store.check([f"reduced/{r}"])]
+    who, nodes = _missing(absent, size)
+    if len(absent) < size:
+        report_nodes(nodes)
+    else:
+        who = "all ranks answered, but they"  # each waits for the others: none can be blamed
+    over = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
+    text = f"{who} {what} within {limit:.0f} s over {over}: a firewall between the nodes or the wrong interface; set "
+    text += "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, NCCL_DEBUG=INFO tells more"
+    leave_word(1, text)
+    print(f"disback: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def meet(accelerator, backend: str, check: Callable[[], None]) -> torch.device:
+    """Joins the process group of all ranks and times an all-reduce; returns this rank's device.
+
+    check: raises UserError if this node cannot compute. Raises UserError if no node can, NodeTrouble if some cannot or do
+    not answer within DISBACK_START_SECONDS (default 600).
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    limit = float(os.environ.get("DISBACK_START_SECONDS", START_SECONDS))
+    if size > 1:
+        choose_interface()
+    device, name, gpu, problem = torch.device("cpu"), "", "", ""
+    try:
+        check()
+        device, name, gpu = find_device(accelerator)
+    except UserError as error:
+        if size == 1:
+            raise
+        problem = str(error)
+    store = _store(rank, size, limit)
+    store.set(f"rank/{rank}", json.dumps({"node": node_name(), "device": name, "gpu": gpu, "problem": problem}))
+    verdict = _verdict(store, rank, size, limit)
+    if verdict:
+        raise UserError(verdict["problem"]) if verdict["mistake"] else NodeTrouble(verdict["problem"], rank == 0)
+    done = threading.Event()
+    if rank == 0:
+        threading.Thread(target=_watch, args=(done, size, limit), daemon=True).start()
+    binding = {"device_id": device} if device.type == "cuda" and size > 1 else {}
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+        **binding,
+    )
+    store.set(f"joined/{rank}", "")
+    if size > 1:
+        _time_all_reduce(device, rank, size)
+        store.set(f"reduced/{rank}", "")
+    done.set()
+    return device
+
+
+def _time_all_reduce(device: torch.device, rank: int, size: int) -> None:
+    """Two all-reduces: the first opens the connections, the second is what they carry."""
+    data = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
+    spent = []
+    for _ in range(2):
+        began = time.monotonic()
+        dist.all_reduce(data)
+        value = float(data[0])  # waits for the device
+        data.fill_(1.0)
+        spent.append(time.monotonic() - began)
+    if value != size:
+        raise NodeTrouble(f"the first all-reduce of {size} ones gave {value} on node {node_name()}", speaks=True)
+    if rank == 0:
+        megabytes = data.numel() * 4 / 1e6
+        over = os.environ.get("GLOO_SOCKET_IFNAME")
+        print(
+            f"all-reduce of {megabytes:.0f} MB over {size} ranks{f' on {over}' if over else ''}: {spent[0]:.3f} s at first, "
+            f"then {spent[1]:.3f} s ({megabytes / 1e3 / spent[1]:.1f} GB/s)",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,1 @@
+"""Networks as DeepSpeed engines: weights in and out, optimizer."""

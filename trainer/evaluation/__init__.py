@@ -1,0 +1,1 @@
+"""Scores of images, and what a run's results are read from."""

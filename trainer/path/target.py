@@ -1,0 +1,165 @@
+"""The teacher's engine as the walk's target: nodes are loaded into it in place, read ahead by a background thread."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.errors import ModelError
+from trainer.config.schema import WalkSettings
+from trainer.distributed.logs import log
+from trainer.distributed.world import first_problem
+from trainer.engine.role import Role
+from trainer.engine.weights import Weights
+from trainer.errors import UserError
+from trainer.path.manifest import DegradationPath
+
+
+def fixed_switches(nodes: int, interval: int) -> list[int]:
+    """The generator updates at which the target of a path with `nodes` nodes (node 0 included) moves on."""
+    return [interval * k for k in range(1, nodes - 1)]
+
+
+def target(update: int, nodes: int, switches: list[int]) -> int:
+    """The index of the target node at a generator update (from 0): a pure function of the switches.
+
+    It starts at node N-1 = nodes - 2 (the fake score starts from node N), moves one node nearer to the teacher at each
+    switch, ends at node 0, the teacher, and stays there (DisBack, algorithm 2).
+    """
+    return max(nodes - 2 - bisect_right(sorted(switches), update), 0)
+
+
+def moves_on(settings: WalkSettings, update: int, last_switch: int, first_mismatch: float, mismatch: float) -> bool:
+    """Whether an adaptive walk moves on before this update; the decision is recorded in the run state."""
+    stayed = update - last_switch
+    if stayed < settings.interval:
+        return False
+    return stayed >= settings.most or mismatch < settings.share * first_mismatch
+
+
+class ReadAhead:
+    """Reads this rank's part of weights folders in a background thread, into one host buffer in the live dtype (pinned
+    on a GPU): at most one folder is in memory, and a switch is left with a copy to the device."""
+
+    def __init__(self, weights: Weights, device: torch.device):
+        self.weights, self.pinned = weights, device.type == "cuda"
+        # A thread begins on the first GPU, and pinning there would open a context on it.
+        begin = (torch.cuda.set_device, (device,)) if self.pinned else (None, ())
+        self._thread = ThreadPoolExecutor(1, "node-reader", *begin)
+        self._buffers: list[Tensor] | None = None
+        self._copied: torch.cuda.Event | None = None  # behind the copies to the device of what was in the buffer before
+        self._ahead: tuple[Path | None, Future] | None = None
+
+    def _read(self, folder: Path | None) -> list[Tensor]:
+        if self._buffers is None:
+            self._buffers = self.weights.host_buffers(self.pinned)
+        if self._copied is not None:
+            self._copied.synchronize()
+        if folder is None:
+            return [buffer.zero_() for buffer in self._buffers]
+        return self.weights.read(folder, self._buffers)
+
+    def begin(self, folder: Path | None) -> None:
+        """Begins to read a folder; None is zeros, which an adapter is on the teacher itself. What was taken before must have been written (`written`)."""
+        self._ahead = folder, self._thread.submit(self._read, folder)
+
+    def take(self, folder: Path | None) -> list[Tensor]:
+        """The folder's part, read ahead or now; valid until the next `begin`. Raises ModelError."""
+        if self._ahead is None or self._ahead[0] != folder:
+            self.begin(folder)  # behind what is still being read, in the same thread
+        future, self._ahead = self._ahead[1], None
+        return future.result()
+
+    def written(self) -> None:
+        """Marks the present point of the device's work as the one after which the buffer may be filled again."""
+        if self.pinned:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def merge_walks(states: list[dict]) -> dict:
+    """`Target.state_dict`s of all ranks as one: they differ only in the running sum of a rank's own mismatches, of which
+    a decision takes the mean."""
+    return states[0] | {"sum": sum(state["sum"] for state in states) / len(states)}
+
+
+class Target:
+    """Which node the teacher's engine holds, and the walk's recorded decisions.
+
+    path: None keeps the teacher as the target for ever.
+    """
+
+    def __init__(self, teacher: Role, path: DegradationPath | None, settings: WalkSettings):
+        self.teacher, self.path, self.settings = teacher, path, settings
+        self.nodes = len(path.nodes) if path else 0
+        fixed = path is not None and settings.mode == "fixed"
+        self.switches = fixed_switches(self.nodes, settings.interval) if fixed else []
+        self.node = 0  # what the engine holds: it starts as the teacher
+        # Adaptive walk: mismatch of the first interval on this node, and the running sum of the present one.
+        self.first: float | None = None
+        self.sum: Tensor | float = 0.0
+        self.count = 0
+        self._reader = ReadAhead(teacher.weights, teacher.world.device)
+
+    def wanted(self, update: int) -> int:
+        """The node that is the target at a generator update."""
+        return target(update, self.nodes, self.switches) if self.path else 0
+
+    def move(self, update: int) -> bool:
+        """Makes the engine hold the node of this update; True if it changed. Every rank must call it."""
+        node = self.wanted(update)
+        if node == self.node:
+            return False
+        values = problem = None
+        try:
+            values = self._reader.take(self._folder(node))
+        except ModelError as error:
+            problem = f"target node {node} cannot be loaded at generator update {update}: {error}"
+        # Every rank must write, or none may: where ranks put parameters together, one that gave up would be waited for.
+        if problem := first_problem(problem, self.teacher.world):
+            raise UserError(problem)
+        self.teacher.weights.write(values)
+        self._reader.written()
+        self.node = node
+        log.info(
+            f"generator update {update}: target is node {node} ({len(values)} tensors from {self.path.folder(node)})"
+        )
+        if node > 0:
+            self._reader.begin(self._folder(node - 1))
+        return True
+
+    def _folder(self, node: int) -> Path | None:
+        """What to read for a node. An adapter of zeros is the teacher itself: its node 0 is not read."""
+        return None if node == 0 and self.teacher.adapter else self.path.folder(node)
+
+    def observe(self, update: int, mismatch: Tensor, mean: Callable[[Tensor], float]) -> None:
+        """Adaptive walk: takes the mismatch of this update and, once an interval, decides (this reads the device)."""
+        if self.path is None or self.settings.mode == "fixed" or self.node == 0:
+            return
+        self.sum, self.count = self.sum + mismatch.detach().double(), self.count + 1
+        if self.count < self.settings.interval:
+            return
+        value = mean(self.sum / self.count)
+        self.sum, self.count = 0.0, 0
+        if self.first is None:
+            self.first = value
+        last = self.switches[-1] if self.switches else 0
+        if moves_on(self.settings, update + 1, last, self.first, value):
+            self.switches.append(update + 1)
+            self.first = None
+
+    def state_dict(self) -> dict:
+        return {"switches": self.switches, "first": self.first, "sum": self.sum, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.switches, self.first = list(state["switches"]), state["first"]
+        self.sum, self.count = state["sum"], state["count"]
+
+    def close(self) -> None:
+        self._reader.close()

@@ -1,0 +1,1 @@
+"""What the training stages share: the loop, the run, data, metrics."""

@@ -1,0 +1,87 @@
+"""Training of the miniature's autoencoder: a stage before the teacher's, through the same loop."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.pipeline import load_vae
+from trainer.config.deepspeed import deepspeed_config
+from trainer.distributed.world import barrier
+from trainer.engine.optimizer import learning_rate
+from trainer.engine.role import Role
+from trainer.training.loop import train
+from trainer.training.metrics import Meters
+from trainer.training.run import Run
+from trainer.training.stage import TrainStage
+
+
+class Reconstruction(nn.Module):
+    """Encoder, a posterior sample and decoder in one forward pass, as an engine needs it."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and posterior noise to reconstructions [B, 3, H, W] and KL divergences [B]."""
+        posterior = self.vae.encode(images).latent_dist
+        return self.vae.decode(posterior.mean + posterior.std * eps).sample, posterior.kl()
+
+
+class AutoencoderTraining(TrainStage):
+    def __init__(self, run: Run, start: Path):
+        settings = run.settings.pretrain.autoencoder
+        super().__init__("autoencoder", run, settings, images=True, pipeline=None, where="pretrain.autoencoder")
+        vae = load_vae(start)
+        self.latent_shape = run.sampler(start).latent_shape
+        # float32 always: it is small, and its errors would be everybody's.
+        config = deepspeed_config("zero0", self.micro, settings.accumulation, settings.clip, "fp32", run.world.size)
+        self.vae = Role("autoencoder", Reconstruction(vae), config, run.world, settings.optimizer)
+        self.roles = {"autoencoder": self.vae}
+
+    def update(self, step: int, meters: Meters, until_log: int) -> None:
+        self.rate = learning_rate(self.settings.optimizer, step, self.steps)
+        for batch in self.micro_batches(meters):
+            images = batch.images.to(self.world.device, non_blocking=True)
+            eps = self.noise.normal("posterior", step, batch.index, self.latent_shape)
+            output, kl = self.vae(images, eps)
+            error = nn.functional.mse_loss(output, images)
+            loss = error + self.settings.kl * kl.mean() / eps[0].numel()
+            meters.add("loss/autoencoder", error)
+            self.vae.step(loss, self.rate)
+
+    def metrics(self) -> dict:
+        return super().metrics() | {"lr/autoencoder": self.rate}
+
+    def preview(self) -> Tensor:
+        """Real images above their reconstructions."""
+        real = torch.stack([self.dataset[i]["image"] for i in range(16)]).to(self.world.device)
+        with torch.no_grad():
+            output, _ = self.vae(real, torch.zeros(16, *self.latent_shape, device=self.world.device))
+        both = torch.cat([real, output.clamp(-1, 1)])
+        return self.grid(((both + 1) * 127.5).round().to(torch.uint8).cpu())
+
+    def finish(self, folder: Path) -> float:
+        """Writes the autoencoder with the scaling factor that gives its latents unit variance, as Stable Diffusion's
+        has; returns the factor."""
+        vae = self.vae.module.vae
+        vae.eval()
+        rows = range(min(len(self.dataset), 1024))
+        with torch.no_grad():
+            images = torch.stack([self.dataset[i]["image"] for i in rows]).to(self.world.device)
+            scale = 1 / float(torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)]).std())
+        if self.world.main:
+            vae.register_to_config(scaling_factor=scale)
+            vae.save_pretrained(folder, safe_serialization=True)
+        barrier(self.world)
+        return scale
+
+
+def train_autoencoder(run: Run, start: Path) -> tuple[Path, float]:
+    """Trains the autoencoder of the pipeline folder `start`; returns its folder and scaling factor."""
+    folder = run.stage_folder("autoencoder")
+    stage = AutoencoderTraining(run, start)
+    train(stage, run.settings.pretrain.autoencoder.loop, run.settings.health, folder, run.world)
+    scale = stage.finish(folder / "vae")
+    return folder / "vae", scale

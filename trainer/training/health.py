@@ -1,0 +1,124 @@
+"""Early warnings: one line when something starts to go wrong, not one a step, and an end where going on is a waste."""
+
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+
+from trainer.config.schema import HealthSettings
+
+
+class Health:
+    """Watches the metrics lines of a stage. `observe` returns what to say: each message once when its condition has held
+    for `patience` lines, and again only after the condition has been false."""
+
+    def __init__(self, settings: HealthSettings, skipped: int = 0):
+        """skipped: updates that were left out before, by a run that is resumed."""
+        self.settings = settings
+        self.held: dict[str, int] = {}
+        self.skipped_before = skipped
+        self.skipped_in_a_row = 0
+        self.first_spread: float | None = None
+        self.lowest: tuple[int | None, float] = (None, float("inf"))  # target node, lowest mismatch on it
+        self.paces: deque[float] = deque(maxlen=50)
+
+    def observe(self, line: dict) -> list[str]:
+        """line: a metrics line of a logging interval."""
+        checks = (self._left_out, self._still, self._collapsed, self._diverging, self._slow, self._waiting)
+        return [text for check in checks if (text := check(line))]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many updates in a row were left out that the run should end."""
+        return self.skipped_in_a_row >= self.settings.stop_after
+
+    def _once(self, name: str, holds: bool, text: Callable[[], str], patience: int) -> str | None:
+        self.held[name] = self.held.get(name, 0) + 1 if holds else 0
+        return text() if self.held[name] == patience else None
+
+    def _left_out(self, line: dict) -> str | None:
+        total = line.get("skipped_updates") or 0
+        new, self.skipped_before = total - self.skipped_before, total
+        self.skipped_in_a_row = self.skipped_in_a_row + new if new > 0 else 0
+        losses = [k for k in line if k.startswith("loss/") and line[k] is not None and line[k] != line[k]]
+        return self._once(
+            "left out",
+            new > 0,
+            lambda: (
+                f"{new} updates were left out since the last line, since a gradient was not finite"
+                f"{' (' + ', '.join(losses) + ' is NaN)' if losses else ''}: look at the learning rates and the data"
+            ),
+            1,
+        )
+
+    def _still(self, line: dict) -> str | None:
+        still = [
+            k.partition("/")[2]
+            for k in line
+            if k.startswith("update_ratio/") and line[k] == 0 and line.get("lr/" + k.partition("/")[2])
+        ]
+        return self._once(
+            "still",
+            bool(still),
+            lambda: (
+                f"the weights of {' and '.join(still)} did not change at all since the last line: the learning rate is "
+                "too small for the precision, or every update was left out"
+            ),
+            1,
+        )
+
+    def _collapsed(self, line: dict) -> str | None:
+        spread = line.get("sample_spread")
+        if spread is None or spread != spread:
+            return None
+        self.first_spread = self.first_spread or spread
+        return self._once(
+            "collapse",
+            spread < self.settings.spread * self.first_spread,
+            lambda: (
+                f"the generator's samples differ little from each other (spread {spread:.3g}, at first "
+                f"{self.first_spread:.3g}): it may be collapsing; lower its learning rate or give more fake_updates"
+            ),
+            self.settings.patience,
+        )
+
+    def _diverging(self, line: dict) -> str | None:
+        mismatch, node = line.get("mismatch"), line.get("target_node")
+        if mismatch is None or mismatch != mismatch:
+            return None
+        lowest = min(mismatch, self.lowest[1]) if self.lowest[0] == node else mismatch
+        self.lowest = node, lowest
+        return self._once(
+            "diverging",
+            mismatch > self.settings.rising * lowest,
+            lambda: (
+                f"the mismatch has risen to {mismatch:.3g} from {lowest:.3g} on this target: the fake score does not keep "
+                "up; give more fake_updates or a lower generator learning rate"
+            ),
+            self.settings.patience,
+        )
+
+    def _slow(self, line: dict) -> str | None:
+        pace = line.get("step_seconds")
+        if not pace:
+            return None
+        usual = median(self.paces) if len(self.paces) >= 5 else pace
+        self.paces.append(pace)
+        return self._once(
+            "slow",
+            pace > self.settings.slow * usual,
+            lambda: (
+                f"steps take {pace:.2f} s, usually {usual:.2f} s: look for a slow node, a throttled GPU or a busy file system"
+            ),
+            self.settings.patience,
+        )
+
+    def _waiting(self, line: dict) -> str | None:
+        pace, wait = line.get("step_seconds"), line.get("data_seconds")
+        if not pace or wait is None:
+            return None
+        return self._once(
+            "waiting",
+            wait > self.settings.waiting * pace,
+            lambda: f"{100 * wait / pace:.0f}% of a step is waiting for data: raise data.workers or use faster storage",
+            self.settings.patience,
+        )

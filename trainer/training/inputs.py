@@ -1,0 +1,101 @@
+"""Encoded shards in training: whether they fit the run, and what a batch brings along instead of being encoded."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.encoded import made_by
+from data.loader import Batch
+from data.shard_index import load_index
+from data.shard_patterns import expand
+from models.conditioning import Conditioning
+from models.families import read_json
+from models.offload import park
+from models.pipeline import text_encoders, weights_hash
+from models.sampler import Sampler
+from trainer.distributed.world import from_main
+from trainer.errors import UserError
+from trainer.training.run import Run
+
+PARTS = {"vae": "autoencoder", "text": "text encoders"}
+
+
+def fingerprint(pipeline: Path, part: str, variant: str) -> str:
+    """Hash of the weights of a pipeline folder's "vae" or, all together, "text" encoders. Raises ModelError."""
+    if part == "vae":
+        return weights_hash(pipeline / "vae", variant)
+    digest = hashlib.sha256()
+    for name in text_encoders(read_json(pipeline / "model_index.json")):
+        digest.update(f"{name} {weights_hash(pipeline / name, variant, 'model')} ".encode())
+    return digest.hexdigest()
+
+
+def choose_inputs(run: Run, images: bool, pipeline: Path | None) -> tuple[str, ...]:
+    """What a training stage reads of `data.train`: what its shards hold encoded by this pipeline's parts, and of the rest
+    images (if it needs any) and captions. pipeline: None for a stage that cannot use encoded samples.
+
+    Raises UserError for a cache that other parts made, or for one that data.cached=require misses; DataError if the
+    first shard cannot be read.
+    """
+    data, plain = run.settings.data, ("image", "caption") if images else ("caption",)
+    if data.cached == "off" or pipeline is None:
+        return plain
+    record = made_by(load_index(expand(data.train, "data.train")[0]))
+    if record is None:
+        if data.cached == "require":
+            raise UserError(
+                "data.cached=require, but data.train names shards that are not encoded: encode them with `disback shards "
+                "--encode`, or set data.cached=auto"
+            )
+        return plain
+    if data.cached == "require" and not record["text"]:
+        raise UserError(
+            "data.cached=require, but the shards of data.train hold no text states: encode them with `disback shards "
+            "--encode ... --text`, or set data.cached=auto"
+        )
+    if images and record["resolution"] != data.resolution:
+        raise UserError(
+            f"the encoded shards of data.train have resolution {record['resolution']}, but data.resolution="
+            f"{data.resolution}: encode them at that resolution, or set data.resolution={record['resolution']}"
+        )
+    for part in ("vae",) * images + ("text",) * bool(record["text"]):
+        mine = from_main(fingerprint(pipeline, part, run.settings.variant) if run.world.main else None, run.world)
+        if record[part] != mine:
+            raise UserError(
+                f"the shards of data.train were encoded by another {PARTS[part]} (sha256 {str(record[part])[:12]}) than that of "
+                f"{pipeline} ({mine[:12]}): encode them with `disback shards --encode ... --pipeline {pipeline}` (and "
+                "the run's --variant)"
+            )
+    return "caption", *("latents",) * images, *("text",) * bool(record["text"])
+
+
+def rest(sampler: Sampler, inputs: tuple[str, ...]) -> None:
+    """Parks what the training steps do not use on the host: previews fetch it from there."""
+    if "image" not in inputs:
+        park([sampler.vae])
+    if "text" in inputs:
+        park(sampler.text.encoders)
+
+
+def batch_latents(batch: Batch, sampler: Sampler, eps: Tensor) -> Tensor:
+    """Scaled latents [B, C, h, w] of a batch, drawn with the standard normal eps from its posterior: the cached one, or
+    its images' (on eps's device)."""
+    if "latent_mean" in batch.cached:
+        mean, std = (batch.cached[f"latent_{name}"].to(eps, non_blocking=True) for name in ("mean", "std"))
+        return sampler.drawn(mean, std, eps)
+    return sampler.encode(batch.images.to(eps.device, non_blocking=True), eps)
+
+
+def text_conditioning(
+    captions: list[str], cached: dict[str, Tensor], sampler: Sampler, dtype: torch.dtype, time_ids: Tensor | int
+) -> Conditioning:
+    """Conditioning of captions, from their cached text states if there are any; time_ids as in TextEncoder.encode."""
+    if "states" not in cached:
+        return sampler.text.encode(captions, time_ids)
+    device = sampler.text.device
+    states, pooled = (
+        v if v is None else v.to(device, dtype, non_blocking=True) for v in map(cached.get, ("states", "pooled"))
+    )
+    return sampler.text.conditioning(states, pooled, time_ids)

@@ -1,0 +1,139 @@
+"""What users watch: one JSON line a logging interval, TensorBoard, a progress line with the time left, log.txt."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.distributed.logs import duration, log
+from trainer.distributed.world import World, mean_over_ranks
+
+KEYS = (
+    "step images_seen time step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu save_seconds "
+    "loss/fake_score loss/gan_generator loss/gan_head grad_norm/generator grad_norm/fake_score "
+    "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch sample_spread "
+    "skipped_samples skipped_updates"
+).split()
+# Dense bf16 peaks from the makers' data sheets, TFLOP/s; a device that is not listed has no MFU.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A40": 149.7, "V100": 125.0}
+
+
+class Meters:
+    """Sums of named scalars on the device; they are read, and the device waited for, at a logging interval only."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        value = value.detach().double() if isinstance(value, Tensor) else float(value)
+        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self, world: World) -> dict[str, float]:
+        """Means over the interval and over ranks, and a fresh start. Every rank must call it at the same step, having
+        added the same names."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        means = [torch.as_tensor(self.sums[n], dtype=torch.float64).to(world.device) / self.counts[n] for n in names]
+        values = mean_over_ranks(torch.stack(means), world).tolist()  # the one device synchronisation
+        self.sums.clear()
+        self.counts.clear()
+        return dict(zip(names, values, strict=True))
+
+    def state_dict(self) -> dict:
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory: of the device on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
+
+
+class Telemetry:
+    """Writes a stage's metrics. Only rank 0 writes; every rank may call.
+
+    On resume, lines behind the step that is resumed from are cut off: the file is then what an uninterrupted run
+    would have written.
+    """
+
+    def __init__(self, folder: Path, world: World, name: str, steps: int, first: int, tensorboard: bool):
+        self.folder, self.world, self.name, self.steps = folder, world, name, steps
+        self.first, self.began = first, time.monotonic()
+        self.peak = peak_tflops(world.device)
+        self.board = self.file = None
+        if not world.main:
+            return
+        path = folder / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= first]
+        temporary = path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = path.open("a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
+
+    def line(self, step: int, values: dict[str, float | int | None]) -> None:
+        """One line at a step (counted from 1). Keys that are not given are null."""
+        if not self.world.main:
+            return
+        speed = values.get("tflops_per_gpu")
+        if speed and self.peak:
+            values = values | {"mfu": speed / self.peak}
+        record = dict.fromkeys(KEYS) | {"step": step, "memory_gb": memory_gb(self.world.device)} | values
+        self.file.write(json.dumps(record) + "\n")
+        if self.board:
+            for key, value in record.items():
+                if key != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(key, value, step)
+        self._progress(step, record)
+
+    def _progress(self, step: int, record: dict) -> None:
+        done = step - self.first
+        left = (time.monotonic() - self.began) / done * (self.steps - step) if done else 0.0
+        parts = [f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)", f"ETA {duration(left)}"]
+        if record["step_seconds"]:
+            parts += [f"{record['step_seconds']:.3f} s/step", f"{record['images_per_second']:.0f} img/s"]
+        if record["target_node"] is not None:
+            parts.append(f"target node {record['target_node']}")
+        shown = [k for k in record if k.startswith("loss/") or k in ("mismatch", "distance")]
+        parts += [f"{k} {record[k]:.4g}" for k in shown if record[k] is not None]
+        log.info("  ".join(parts))
+
+    def image(self, step: int, grid: Tensor) -> None:
+        """A uint8 grid [3, H, W] to samples/step-00000500.png and to TensorBoard."""
+        if not self.world.main:
+            return
+        from torchvision.io import write_png
+
+        file = self.folder / "samples" / f"step-{step:08d}.png"
+        file.parent.mkdir(exist_ok=True)
+        write_png(grid, str(file))
+        if self.board:
+            self.board.add_image("samples", grid, step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()

@@ -1,0 +1,129 @@
+"""One run: its settings, its folder, its processes; what every verb is given."""
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+
+from data.reader import ShardDataset
+from data.shard_patterns import expand
+from models.families import family_of
+from models.noise import SampleNoise
+from models.sampler import Sampler
+from models.validate import check_fit, check_pipeline
+from trainer import VERSION
+from trainer.config.schema import RunSettings
+from trainer.distributed.logs import start_log
+from trainer.distributed.world import World, barrier
+from trainer.errors import UserError
+from trainer.training.hub import local_pipeline
+
+
+@dataclass(frozen=True)
+class Run:
+    settings: RunSettings
+    world: World
+    fresh: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.folder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+
+    @cached_property
+    def pipeline_folder(self) -> Path:
+        """The teacher's pipeline: a folder, fetched from the hub if `pipeline` names a model there, and checked against
+        the settings. Every rank must ask for it first at the same time. Raises UserError and ModelError."""
+        name = self.settings.pipeline
+        folder = self.fetched(name, "pipeline") if name else self.folder / "pipeline"
+        return self.checked(folder, self.settings.student_timesteps)
+
+    def require_pipeline(self) -> None:
+        """For the start of a verb: fetches and checks the teacher's pipeline before anything is made of it."""
+        _ = self.pipeline_folder
+
+    @property
+    def teacher_folder(self) -> Path:
+        """The weights folder of the teacher's denoiser."""
+        return self.pipeline_folder / family_of(self.pipeline_folder).part
+
+    @property
+    def start_folder(self) -> Path:
+        """The weights folder that the generator starts from."""
+        return Path(self.settings.generator_start) if self.settings.generator_start else self.teacher_folder
+
+    def checked(self, folder: Path, timesteps: tuple[int, ...] = ()) -> Path:
+        """The pipeline folder, if it is whole and fits the settings and a student's timesteps. Raises ModelError."""
+        s = self.settings
+        check_fit(check_pipeline(folder, s.variant), s.data.resolution, timesteps, s.variant)
+        return folder
+
+    def fetched(self, pipeline: str, key: str) -> Path:
+        """The local folder of a pipeline that the setting `key` names. Every rank must call it."""
+        return local_pipeline(pipeline, self.settings.variant, key, self.world)
+
+    def noise(self, stage: str) -> SampleNoise:
+        """Per-sample noise; every stage draws from streams of its own name."""
+        return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
+
+    def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset:
+        """The samples of `data.train` or `data.heldout`; want: of "image", "caption", "meta". Raises DataError."""
+        data = self.settings.data
+        paths = expand(getattr(data, split), f"data.{split}")
+        return ShardDataset(paths, data.resolution, want, self.settings.seed, data.image_keys, data.caption_key)
+
+    def sampler(self, pipeline: Path) -> Sampler:
+        s = self.settings
+        where = self.dtype, self.world.device
+        return Sampler.load(pipeline, s.data.resolution, *where, s.variant, s.timestep_shift)
+
+    def stage_folder(self, stage: str, training: bool = True) -> Path:
+        """The stage's folder, made and checked to be writable; if the stage trains, the run's resolved configuration is
+        written beside it. Messages go to its log.txt from here on.
+
+        Raises UserError if it cannot be written, or for --fresh on a folder with a checkpoint.
+        """
+        folder = self.folder / stage
+        if self.fresh and (folder / "LATEST").exists():
+            raise UserError(f"--fresh: {folder} has a checkpoint: name another run folder (run=...) or remove this one")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.world.main and training:
+                (self.folder / "config.yaml").write_text(self._resolved())
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.folder}: cannot be written: {error.strerror}: choose another with run=..."
+            ) from error
+        barrier(self.world)
+        start_log(folder, self.world.main)
+        return folder
+
+    def _resolved(self) -> str:
+        names = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "xformers", "open_clip_torch")
+        about = {
+            "disback": VERSION,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in names},
+            "git_commit": _commit(),
+            "world_size": self.world.size,
+            "device": self.world.device.type,
+        }
+        return yaml.safe_dump({"about": about, **self.settings.model_dump(mode="json")}, sort_keys=False)
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, "+" if it has changes; None outside of one."""
+    here = Path(__file__).resolve().parent
+    try:
+        call = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
