@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from data.digits import build_digits
-from data.encoded import MEMBER, RECORD, pack
+from data.encoded import EXTENSION, RECORD_KEY, pack_tensors
 from data.loader import Batches
-from data.reader import ShardDataset
+from data.shard_dataset import ShardDataset
 from data.shard_patterns import expand
 from data.shard_writer import write_shards
 from models.miniature import build_miniature
@@ -53,9 +53,9 @@ def work(shards: Path, want: tuple[str, ...], sampler: Sampler) -> Callable[[], 
 def as_large_as_sdxl() -> Iterator[dict]:
     latents, text = torch.randn(4, 128, 128).bfloat16(), torch.randn(77, 2048).bfloat16()
     tensors = {"latent_mean": latents, "latent_std": latents, "states": text, "pooled": torch.randn(1280).bfloat16()}
-    record = {RECORD: {"resolution": 1024, "original_size": (1024, 1024), "crop": (0, 0)}}
+    record = {RECORD_KEY: {"resolution": 1024, "original_size": (1024, 1024), "crop": (0, 0)}}
     for i in range(256):
-        yield {"__key__": f"{i}", MEMBER: pack(tensors), "txt": "a caption", "json": record}
+        yield {"__key__": f"{i}", EXTENSION: pack_tensors(tensors), "txt": "a caption", "json": record}
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         build_digits(root / "digits")
         build_miniature(MiniatureSettings()).save_pretrained(root / "pipeline")
         plain, full = root / "digits" / "train-*.tar", root / "full"
-        encoding = Encoding(root / "pipeline", 8, True, torch.float32, "", part.device)
+        encoding = Encoding(root / "pipeline", 8, True, "fp32", "", part.device)
         began = time.perf_counter()
         encode_shards(expand(str(plain)), full, encoding, part, BATCH, 0)
         print(f"encoded once in {time.perf_counter() - began:.1f} s")

@@ -8,7 +8,7 @@ from torch.nn.functional import mse_loss
 
 from models.conditioning import Conditioning
 from models.denoise import predict
-from models.gan import Discriminator, generator_gradient, head_loss, judged
+from models.gan import Discriminator, generator_gradient, head_logits, head_loss, predict_with_logits
 from models.pipeline import load_network, load_vae
 from models.text_encoder import TextEncoder
 from trainer.training.run import Run
@@ -52,7 +52,8 @@ class Minimal:
             with torch.no_grad():
                 return predict(self.fake, self.schedule.add_noise(sample, eps, t), t, cond), 0.0
         leaf = sample.detach().requires_grad_()
-        fake, logits = judged(self.fake, self.schedule.add_noise(leaf, eps, t), t, cond, "aside")
+        x_t = self.schedule.add_noise(leaf, eps, t)
+        fake, logits = predict_with_logits(self.fake, x_t, t, cond, decoder_grad=False)
         return fake, generator_gradient(logits, leaf, self.gan.generator_weight)[0]
 
     def fake_loss(self, sample: Tensor, cond: Conditioning, real_cond: Conditioning | None) -> Tensor:
@@ -63,9 +64,9 @@ class Minimal:
             posterior = self.vae.encode(self.image).latent_dist
             real = (posterior.mean + posterior.std * torch.randn(self.shape)) * self.vae.config.scaling_factor
             real_cond = real_cond or self.text.encode(["a caption"], self.resolution)
-        prediction, generated = judged(self.fake, x_t, t, cond, "also")
+        prediction, generated = predict_with_logits(self.fake, x_t, t, cond)
         x_t, _, t = self.noised(real)
-        head = head_loss(generated, judged(self.fake, x_t, t, real_cond, "only")[1])
+        head = head_loss(generated, head_logits(self.fake, x_t, t, real_cond))
         return mse_loss(prediction, eps) + self.gan.head_weight * head
 
     def cycle(self) -> None:

@@ -10,13 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.memory import peak_bytes, reset_peak
 from models.errors import ModelError
-from models.profile_flops import counted
+from models.profile import count_flops
 from trainer.backtrack import Backtracking
 from trainer.config.schema import RunSettings
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.record import Recording
-from trainer.training.metrics import Meters, peak_tflops
+from trainer.training.metrics import peak_tflops
 from trainer.training.run import Run
 
 STAGES = {"record": Recording, "backtrack": Backtracking}
@@ -51,7 +51,7 @@ class Probe:
         kept = []
         # The counter knows a GPU's kernels; of a CPU's it knows the plain one.
         with nullcontext() if self.gpu else sdpa_kernel(SDPBackend.MATH):
-            self.flops[kind] = counted(lambda: kept.append(call()))
+            self.flops[kind] = count_flops(lambda: kept.append(call()))
         return kept[0]
 
     def _wait(self) -> None:
@@ -79,24 +79,24 @@ def measure(name: str, settings: RunSettings, steps: int, world: World) -> dict:
 def _measure(name: str, settings: RunSettings, steps: int, world: World) -> dict:
     run = Run(settings, world)
     run.stage_folder(name)
-    stage, probe, meters = STAGES[name](run), Probe(world.device), Meters()
+    stage, probe = STAGES[name](run), Probe(world.device)
     cycle = settings.backtrack.fake_updates if name == "backtrack" else 1
     if name == "backtrack":
         if cycle == 1:
             raise UserError("backtrack.fake_updates=1 leaves no step without a generator turn to time: use 2 or more")
-        turn, average = stage._generator_turn, stage.ema.update
-        stage._generator_turn = lambda *args: probe.call(TURN, lambda: turn(*args))
-        stage.ema.update = lambda *args: average(*args) if probe.counting else probe.call(TURN, lambda: average(*args))
+        turn, average = stage.update_generator, stage.average.update
+        stage.update_generator = lambda *args: probe.call(TURN, lambda: turn(*args))
+        stage.average.update = lambda: average() if probe.counting else probe.call(TURN, average)
     try:
         stage.begin(0)
         turns, warm = [], cycle * max(WARM_UP // cycle, 1)
         for step in range(warm + max(steps // cycle, 1) * cycle):
             probe.counting = step < warm
             if step % cycle or cycle == 1:
-                probe.call(UPDATE, lambda step=step: stage.update(step, meters, 1000))
+                probe.call(UPDATE, lambda step=step: stage.update(step))
             else:  # its parts are timed one by one, since the peak memory is told apart
                 began = time.perf_counter()
-                stage.update(step, meters, 1000)
+                stage.update(step)
                 probe._wait()
                 if not probe.counting:
                     turns.append(time.perf_counter() - began)
@@ -113,8 +113,8 @@ def _row(stage: Recording | Backtracking, probe: Probe, turns: list[float], cycl
         parts = [sum(parts[i : i + size]) for i in range(0, len(parts), size)]
     seconds = {TURN: statistics.median(parts) if parts else None, UPDATE: statistics.median(probe.seconds[UPDATE])}
     whole = (sum(turns) + sum(probe.seconds[UPDATE])) / (len(turns) + len(probe.seconds[UPDATE]))
-    known = stage.attention != "xformers"
-    row = {"kernel": stage.attention, "step_seconds": whole, "step_tflops": stage.flops / whole / 1e12}
+    known = stage.builder.attention != "xformers"
+    row = {"kernel": stage.builder.attention, "step_seconds": whole, "step_tflops": stage.flops / whole / 1e12}
     peak = peak_tflops(stage.world.device)
     row["mfu"] = row["step_tflops"] / peak if peak else None
     for kind, value in seconds.items():

@@ -24,13 +24,12 @@ import trainer.distributed.logs  # noqa: F401  before the libraries
 from benchmarks.minimal import Bare, Minimal
 from benchmarks.pipeline import write_captions
 from models.miniature import build_miniature
-from models.profile_flops import counted
+from models.profile import count_flops
 from models.settings import MiniatureSettings
 from trainer.backtrack import Backtracking
 from trainer.config.schema import RunSettings
 from trainer.distributed.logs import no_progress_bars
 from trainer.distributed.world import World, finish, start
-from trainer.training.metrics import Meters
 from trainer.training.run import Run
 
 UPDATES, RESOLUTION = 5, 32
@@ -67,13 +66,13 @@ class Ours:
 
     def __init__(self, run: Run):
         run.stage_folder("backtrack")
-        self.stage, self.meters, self.step = Backtracking(run), Meters(), 0
+        self.stage, self.step = Backtracking(run), 0
         self.stage.begin(0)
         self.networks = [role.module for role in self.stage.roles.values()]
 
     def cycle(self) -> None:
         for _ in range(UPDATES):
-            self.stage.update(self.step, self.meters, until_log=1000)
+            self.stage.update(self.step)
             self.step += 1
 
 
@@ -99,7 +98,7 @@ def calls(thing: Ours | Minimal) -> int:
 def gflop(thing: Ours | Minimal) -> float:
     """GFLOP of a cycle as they are executed, recomputation included. The counter knows the math kernel on a CPU."""
     with sdpa_kernel(SDPBackend.MATH):
-        return counted(lambda: cycle(thing)) / 1e9
+        return count_flops(lambda: cycle(thing)) / 1e9
 
 
 def compare(root: Path, stage: int, world: World, args: argparse.Namespace, first: bool) -> None:

@@ -1,1 +1,1 @@
-"""Shards in: writing, indexing, ordering and reading them. Knows nothing of `trainer` or `models`."""
+"""Shards of captioned images: writing, indexing, shuffling and reading them. Imports neither `trainer` nor `models`."""

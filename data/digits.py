@@ -1,4 +1,4 @@
-"""The demo's data: scikit-learn's 1,797 real handwritten digits (8x8 grey), as captioned shards."""
+"""The demo's data set: scikit-learn's 1,797 real handwritten digits (8x8 grey), as captioned shards."""
 
 import io
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.errors import DataError
 from data.shard_index import load_index
-from data.shard_writer import shards_of, write_shards
+from data.shard_writer import list_shards, write_shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = (
@@ -21,7 +21,7 @@ PHRASINGS = (
     "a small drawing of a {}",
 )
 TRAIN, HELDOUT = "train", "heldout"
-PER_SHARD = 400  # several shards even for so few samples: the demo runs the code that a large data set runs
+PER_SHARD = 400  # small, so that the demo has several shards as a large data set does
 
 
 def caption(digit: int, phrasing: int) -> str:
@@ -30,16 +30,16 @@ def caption(digit: int, phrasing: int) -> str:
 
 
 def build_digits(out: Path, seed: int = 0, heldout: float = 0.25) -> dict[str, int]:
-    """Writes train-*.tar and heldout-*.tar (a stratified share) into `out`; returns the samples of each.
+    """Writes train-*.tar and heldout-*.tar (a stratified share) into `out`; returns the number of samples of each.
 
-    Does nothing if they are there, and finishes a build that was cut off. Raises DataError without scikit-learn, or if
-    `out` holds other shards under these names.
+    Existing shards are kept, and an interrupted build is completed. Raises DataError if scikit-learn is missing, or if
+    `out` has other shards with these names.
     """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise DataError("the digits come with scikit-learn: pip install 'disback[demo]'") from error
+        raise DataError("the digits are part of scikit-learn: pip install 'disback[demo]'") from error
     images, classes = load_digits(return_X_y=True)
     rows = np.arange(len(classes))
     split = train_test_split(rows, test_size=heldout, stratify=classes, random_state=seed)
@@ -52,13 +52,13 @@ def build_digits(out: Path, seed: int = 0, heldout: float = 0.25) -> dict[str, i
 
 
 def _is_built(out: Path, prefix: str, rows: np.ndarray) -> bool:
-    there = [key.decode() for shard in shards_of(out, prefix) for key in load_index(shard).keys]
-    wanted = [_key(row) for row in rows]
-    if there == wanted:
+    existing = [key.decode() for shard in list_shards(out, prefix) for key in load_index(shard).keys]
+    expected = [_key(row) for row in rows]
+    if existing == expected:
         return True
-    if there != wanted[: len(there)]:
+    if existing != expected[: len(existing)]:
         raise DataError(
-            f"{out} holds other {prefix}-*.tar (another seed or share of held-out digits, or not digits): "
+            f"{out} has other {prefix}-*.tar (another seed or share of held-out digits, or not digits): "
             "choose another folder, or remove them"
         )
     return False
@@ -71,7 +71,7 @@ def _key(row: int) -> str:
 def _samples(images: np.ndarray, classes: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[dict]:
     for image, digit, row in zip(images, classes.tolist(), rows.tolist(), strict=True):
         phrasing = int(np.random.default_rng([seed, row]).integers(len(PHRASINGS)))
-        grey = np.round(image * (255 / 16)).astype(np.uint8)  # scikit-learn counts ink from 0 to 16
+        grey = np.round(image * (255 / 16)).astype(np.uint8)  # scikit-learn's grey levels are 0 to 16
         file = io.BytesIO()
         Image.fromarray(grey).convert("RGB").save(file, format="png")
         yield {

@@ -1,7 +1,7 @@
-"""Samples that are encoded already: latents and text states instead of an image, and a record of what made them.
+"""Encoded samples: latents and text states instead of an image, with a record of how they were made.
 
-Such a sample is `{key}.safetensors`, its caption, and its json with a record under "cache": what made it (the same for
-all samples of a set), original_size (h, w) and crop (top, left) in pixels.
+Such a sample is `{key}.safetensors`, its caption, and its json with the record under "cache": how the set was made (the
+same for all its samples), and this sample's original_size (h, w) and crop (top, left) in pixels.
 """
 
 import json
@@ -14,22 +14,22 @@ from torch import Tensor
 from data.errors import DataError
 from data.shard_index import ShardIndex
 
-MEMBER, RECORD = "safetensors", "cache"
-# What a stage may want of a cached sample; latents are the posterior's mean and deviation, unscaled [C, h, w]. Text has
-# states [L, D] and, in families that have it, pooled text [P].
+EXTENSION, RECORD_KEY = "safetensors", "cache"
+# Tensors by what a stage requests. Latents are the VAE posterior's mean and standard deviation, unscaled, [C, h, w].
+# Text is states [L, D] and, in families that have it, pooled text [P].
 TENSORS = {"latents": ("latent_mean", "latent_std"), "text": ("states", "pooled")}
-MADE_BY = ("resolution", "vae", "text", "precision")
+ENCODING_KEYS = ("resolution", "vae", "text", "precision")
 
 
-def pack(tensors: dict[str, Tensor]) -> bytes:
-    """The bytes of a sample's tensors. Each is copied: a row of a batch would else carry the batch's memory along."""
+def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
+    """A sample's tensors as safetensors bytes. Copied, since a row of a batch keeps the whole batch in memory."""
     return safetensors.torch.save(
         {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     )
 
 
-def unpack(raw: bytes, want: frozenset[str]) -> dict[str, Tensor]:
-    """The wanted tensors of a sample, by name. Raises ValueError if they are damaged or not all there."""
+def unpack_tensors(raw: bytes, want: frozenset[str]) -> dict[str, Tensor]:
+    """A sample's requested tensors by name. Raises ValueError if the bytes are damaged or a tensor is missing."""
     try:
         tensors = safetensors.torch.load(raw)
     except SafetensorError as error:
@@ -40,35 +40,35 @@ def unpack(raw: bytes, want: frozenset[str]) -> dict[str, Tensor]:
     return found
 
 
-def made_by(index: ShardIndex) -> dict | None:
-    """What made a shard's cached samples, by its first one; None if the shard holds no cache. Raises DataError."""
-    if MEMBER not in index.extensions or "json" not in index.extensions:
+def encoding_of(index: ShardIndex) -> dict | None:
+    """How a shard's samples were encoded, from its first sample; None for a shard of plain images. Raises DataError."""
+    if EXTENSION not in index.extensions or "json" not in index.extensions:
         return None
-    offsets, sizes = index.member(["json"])
+    offsets, sizes = index.locate(["json"])
     try:
         with index.tar.open("rb") as tar:
             tar.seek(max(int(offsets[0]), 0))
-            record = json.loads(tar.read(max(int(sizes[0]), 0)) or b"{}").get(RECORD)
+            record = json.loads(tar.read(max(int(sizes[0]), 0)) or b"{}").get(RECORD_KEY)
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"shard {index.tar}: its first json cannot be read ({error}): build the shard again") from error
-    return {key: record.get(key) for key in MADE_BY} if isinstance(record, dict) else None
+        raise DataError(f"shard {index.tar}: cannot read its first json ({error}): build the shard again") from error
+    return {key: record.get(key) for key in ENCODING_KEYS} if isinstance(record, dict) else None
 
 
-def check_same(first: ShardIndex, first_record: dict | None, other: ShardIndex) -> None:
-    """Raises DataError unless two shards of a set are both plain, or both caches that the same parts made."""
-    record = made_by(other)
-    if record == first_record:
+def check_same_encoding(first: ShardIndex, first_encoding: dict | None, other: ShardIndex) -> None:
+    """Raises DataError unless two shards are both plain, or both encoded in the same way."""
+    encoding = encoding_of(other)
+    if encoding == first_encoding:
         return
-    if record is None or first_record is None:
-        cached, plain = (other, first) if record else (first, other)
-        what = f"{cached.tar} is encoded and {plain.tar} is not"
+    if encoding is None or first_encoding is None:
+        encoded, plain = (other, first) if encoding else (first, other)
+        what = f"{encoded.tar} is encoded and {plain.tar} is not"
     else:
         what = f"{first.tar} and {other.tar} differ in " + ", ".join(
-            f"{key} ({_short(first_record[key])}, {_short(record[key])})"
-            for key in MADE_BY
-            if first_record[key] != record[key]
+            f"{key} ({_short(first_encoding[key])}, {_short(encoding[key])})"
+            for key in ENCODING_KEYS
+            if first_encoding[key] != encoding[key]
         )
-    raise DataError(f"shards are mixed: {what}: name shards of one kind in data.train")
+    raise DataError(f"data.train mixes different kinds of shards: {what}: name shards of one kind only")
 
 
 def _short(value: object) -> str:

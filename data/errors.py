@@ -1,5 +1,5 @@
-"""The one error that a user of the data can act on."""
+"""The error type of this package."""
 
 
 class DataError(Exception):
-    """Shards, images or captions that cannot be used: the message says what is wrong, where, and what to do."""
+    """Unusable shards, images or captions. The message says what is wrong, where, and what to do."""

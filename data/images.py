@@ -1,4 +1,4 @@
-"""Bytes to training images."""
+"""Decoding, resizing and cropping of training images."""
 
 import torch
 from torch import Tensor
@@ -10,16 +10,16 @@ PNG, RIFF = b"\x89PNG", b"RIFF"
 
 
 def _may_have_alpha(raw: bytes) -> bool:
-    """Whether to ask for an alpha channel. Not always: torchvision gives JPEG none, and 1-bit PNG an alpha of 1."""
+    """Whether to request an alpha channel: torchvision returns none for JPEG, and an alpha of 1 for 1-bit PNG."""
     if raw.startswith(PNG):
         return raw[25:26] in (b"\x04", b"\x06") or b"tRNS" in raw[: raw.find(b"IDAT")]  # byte 25: the colour type
     return raw.startswith(RIFF)  # WebP
 
 
 def decode(raw: bytes) -> Tensor:
-    """An encoded image to uint8 [3, H, W], upright (EXIF), transparency over white.
+    """Decodes image bytes to uint8 [3, H, W]: EXIF orientation applied, transparency composited over white.
 
-    Raises RuntimeError if it is broken, cut off or of an unknown format.
+    Raises RuntimeError for broken, truncated or unknown data.
     """
     alpha = _may_have_alpha(raw)
     mode = ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB
@@ -31,15 +31,16 @@ def decode(raw: bytes) -> Tensor:
         colour, opacity = image[:3], image[3:]
         if opacity.min() == 255:
             return colour
-        share = opacity.float() / 255
-        image = (colour * share + 255 * (1 - share)).round().to(torch.uint8)
+        opacity = opacity.float() / 255
+        image = (colour * opacity + 255 * (1 - opacity)).round().to(torch.uint8)
     return image
 
 
-def fit(image: Tensor, resolution: int) -> tuple[Tensor, tuple[int, int]]:
-    """uint8 [3, H, W] to float32 [3, R, R] in [-1, 1]: short side to R (antialiased bicubic), then the centre crop.
+def resize_and_crop(image: Tensor, resolution: int) -> tuple[Tensor, tuple[int, int]]:
+    """Resizes the short side to R (antialiased bicubic) and crops the centre: uint8 [3, H, W] to float32 [3, R, R] in
+    [-1, 1].
 
-    Also returns the crop's corner (top, left) in pixels of the resized image, as SDXL's conditioning wants it.
+    Also returns the crop's corner (top, left) in pixels of the resized image: SDXL is conditioned on it.
     """
     height, width = image.shape[1:]
     if min(height, width) != resolution:

@@ -1,4 +1,4 @@
-"""Endless micro-batches of one rank. Where it stands is one number, the step: resuming decodes nothing again."""
+"""Endless micro-batches for one rank. The step number is the whole state: resuming decodes no sample again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.errors import DataError
-from data.sampling_order import micro_batch_positions
+from data.sampling_order import BatchSplit
 
-PREFETCH = 4  # micro-batches a worker holds ready
-UNREAD = {
+PREFETCH = 4  # micro-batches that a worker prepares in advance
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+)  # the training process saves and stops; workers ignore them
+NOT_READ = {
     "captions": [], "images": None, "original_sizes": None, "crops": None, "cached": {}, "meta": [], "skipped": {},
 }  # fmt: skip
 
@@ -27,11 +32,11 @@ UNREAD = {
 class Batch:
     """One rank's micro-batch of B samples.
 
-    images: float32 [B, 3, R, R] in [-1, 1]; original_sizes, crops: int64 [B, 2], (height, width) and (top, left) in
-    pixels; None without images, the sizes given with cached tensors too. cached: of encoded shards, what was wanted of
-    latent_mean, latent_std [B, C, h, w], states [B, L, D] and pooled [B, P]; see data.cache. index: each sample's place in
-    the step's global batch, for per-sample noise. skipped: rejected samples by reason. A step that is
-    not read (see Batches) has its index only.
+    images: float32 [B, 3, R, R] in [-1, 1], or None. original_sizes, crops: int64 [B, 2], (height, width) and (top,
+    left) in pixels, or None if neither images nor encoded tensors were requested. cached: the requested tensors of
+    encoded samples (data/encoded.py): latent_mean, latent_std [B, C, h, w], states [B, L, D], pooled [B, P]. index:
+    each sample's place in the step's global batch, for per-sample noise. skipped: rejected samples by reason. If the
+    step is not read (see Batches), only index is set.
     """
 
     captions: list[str]
@@ -45,38 +50,38 @@ class Batch:
 
 
 class Batches:
-    """next() gives one micro-batch; `accumulation` of them make a step. World size and accumulation change only who
-    reads a sample, never which samples a step sees."""
+    """An iterator over one rank's micro-batches; `split.accumulation` of them make a step. World size and accumulation
+    decide which rank reads a sample, never which samples a step uses."""
 
     def __init__(
         self,
         dataset: Dataset,
+        split: BatchSplit,
         rank: int,
-        world: int,
-        micro_batch: int,
-        accumulation: int = 1,
         start_step: int = 0,
         workers: int = 0,
         every: int = 1,
     ):
-        """dataset: a ShardDataset. workers: loader processes, 0 reads in this one. every: only steps whose number is a
-        multiple of it are read; they see what they would see if all were. Raises ValueError for a split that cannot
-        be."""
-        if min(micro_batch, world, accumulation, every) < 1 or not 0 <= rank < world or start_step < 0:
-            raise ValueError(f"no batches for {rank=} {world=} {micro_batch=} {accumulation=} {start_step=} {every=}")
-        self._split = (rank, world, micro_batch, accumulation)
+        """dataset: a ShardDataset. workers: loader processes; 0 reads in this process. every: read only the steps that
+        are multiples of it; they get the same samples as if all steps were read. Raises ValueError for an impossible
+        split."""
+        if min(split.micro_batch, split.world, split.accumulation, every) < 1 or start_step < 0:
+            raise ValueError(f"no batches for {split}, {start_step=}, {every=}")
+        if not 0 <= rank < split.world:
+            raise ValueError(f"rank {rank} is not one of the {split.world} ranks of {split}")
+        self._split, self._rank = split, rank
         self._step, self._part, self._every = start_step, 0, every
         loader = DataLoader(
-            _Reader(dataset),
-            batch_sampler=_Plan(start_step, every, *self._split),
+            _MicroBatches(dataset),
+            batch_sampler=_PositionSampler(split, rank, start_step, every),
             num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH if workers else None,
-            # Its own generator: the loader would otherwise draw a seed from the global one, and a resumed run differ.
+            # A generator of its own: otherwise the loader draws a seed from the global one, and a resumed run differs.
             generator=torch.Generator().manual_seed(0),
         )
-        with _signals_held():
+        with _stop_signals_blocked():
             self._batches: Iterator[dict | DataError] | None = iter(loader)
 
     def __iter__(self) -> Batches:
@@ -86,46 +91,45 @@ class Batches:
         """The next micro-batch. Raises DataError if samples cannot be read, RuntimeError after close()."""
         if self._batches is None:
             raise RuntimeError("these batches are closed")
-        fields = next(self._batches) if self._step % self._every == 0 else UNREAD
+        fields = next(self._batches) if self._step % self._every == 0 else NOT_READ
         if isinstance(fields, DataError):
             raise fields
-        index = list(micro_batch_positions(0, self._part, *self._split))
-        self._part = (self._part + 1) % self._split[-1]
+        index = list(self._split.rows(self._part, self._rank))
+        self._part = (self._part + 1) % self._split.accumulation
         self._step += self._part == 0
         return Batch(**fields, index=index)
 
     def close(self) -> None:
-        """Ends the loader processes. May be called twice."""
+        """Stops the loader processes. Calling it twice is harmless."""
         self._batches = None
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Endless lists of global positions, one a micro-batch of a step that is read."""
+class _PositionSampler:
+    """Endless batch sampler: the global positions of each micro-batch, for the steps that are read."""
 
+    split: BatchSplit
+    rank: int
     start_step: int
     every: int
-    rank: int
-    world: int
-    micro_batch: int
-    accumulation: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        split = (self.rank, self.world, self.micro_batch, self.accumulation)
         for step in count(-(-self.start_step // self.every) * self.every, self.every):
-            for part in range(self.accumulation):
-                yield list(micro_batch_positions(step, part, *split))
+            for part in range(self.split.accumulation):
+                yield list(self.split.positions(step, part, self.rank))
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """A signal to the whole group (Ctrl-C, a preemption) is for the trainer, which still reads until it has saved. Loader
-    processes that are begun here never see one, from their first instruction on: they inherit what is blocked. One whose
-    parent has gone ends by itself. If not all can be begun, those that were are killed: they would wait for work for ever,
-    and this process for them."""
+def _stop_signals_blocked() -> Iterator[None]:
+    """Blocks STOP_SIGNALS while loader processes start; they inherit the mask and so never see one.
+
+    A signal to the whole process group (Ctrl-C, preemption) is for the trainer, which still reads until it has saved; a
+    worker ends by itself when its parent is gone. If one worker fails to start, the others are killed: they would wait
+    for work forever, and this process for them.
+    """
     before, others = signal.pthread_sigmask(signal.SIG_BLOCK, ()), set(multiprocessing.active_children())
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
@@ -135,8 +139,8 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Reader(Dataset):
-    """Reads a micro-batch at once and hands a DataError back as a value: raised in a loader process, it would reach the
+class _MicroBatches(Dataset):
+    """Reads whole micro-batches. A DataError is returned, not raised: raised in a loader process, it would reach the
     user wrapped in that process's traceback."""
 
     def __init__(self, dataset: Dataset):
@@ -146,12 +150,12 @@ class _Reader(Dataset):
         try:
             return [self.dataset[position] for position in positions]
         except DataError as error:
-            error.errno = getattr(error.__cause__, "errno", None)  # the cause itself does not survive the way here
+            error.errno = getattr(error.__cause__, "errno", None)  # __cause__ is lost when the error is pickled
             return error
 
 
 def collate(samples: list[dict] | DataError) -> dict | DataError:
-    """Stacks samples into Batch's fields, all but `index`. A plain dict, so that the loader can pin its tensors."""
+    """Stacks samples into a Batch's fields, except `index`. A plain dict, so that the loader can pin its tensors."""
     if isinstance(samples, DataError):
         return samples
     skipped: Counter[str] = Counter()

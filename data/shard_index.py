@@ -1,6 +1,6 @@
-"""An index of each shard: where every member lies. With it any sample is one read away, in any order.
+"""Shard indexes: the offset and size of every member, so that any sample can be read at random with one read.
 
-The index of `x.tar` is `x.tar.index.npz` beside it.
+The index of `x.tar` is stored next to it as `x.tar.index.npz`.
 """
 
 import os
@@ -17,14 +17,18 @@ from data.errors import DataError
 from data.tar_members import members
 
 VERSION = 1
-# webdataset's convention: the key ends at the first dot of the file name; names without a key or a dot are no samples
+# webdataset's convention: the key ends at the first dot of the file name; files without a key or a dot are not samples
 NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """keys: UTF-8 bytes [N] (a quarter of numpy's str); extensions: E names, lower case; offset, size: int64 [N, E],
-    bytes in the tar, -1 where a sample has no such member; stamp: int64 [version, tar's bytes, tar's mtime in ns]."""
+    """The index of one shard.
+
+    keys: UTF-8 bytes [N] (numpy's str takes four times as much). extensions: E names in lower case. offset, size: int64
+    [N, E], in bytes; -1 where a sample has no such member. stamp: int64 [index version, tar size in bytes, tar mtime in
+    ns].
+    """
 
     tar: Path
     keys: np.ndarray
@@ -36,50 +40,51 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def member(self, extensions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Offset and size, int64 [N] each, of each sample's first non-empty member of these extensions; -1 if none."""
+    def locate(self, extensions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Offset and size, int64 [N] each, of each sample's first non-empty member with one of these extensions; -1 if
+        it has none."""
         offset, size = np.full(len(self), -1, np.int64), np.full(len(self), -1, np.int64)
         for extension in reversed(extensions):
             if extension.lower() in self.extensions:
                 column = self.extensions.index(extension.lower())
-                there = self.size[:, column] > 0
-                offset[there], size[there] = self.offset[there, column], self.size[there, column]
+                present = self.size[:, column] > 0
+                offset[present], size[present] = self.offset[present, column], self.size[present, column]
         return offset, size
 
 
 def index_file(tar: Path) -> Path:
-    """Where a tar's index is kept."""
+    """The file with a tar's index."""
     return tar.with_name(tar.name + ".index.npz")
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Walks a tar's headers. Raises DataError if the tar is missing, cut off, corrupt, or holds a member twice."""
-    stamp = _stamp(tar)  # before the walk: a tar replaced meanwhile then has a stale index, not a wrong one
-    places: dict[str, dict[str, tuple[int, int]]] = {}
+    """Indexes a tar from its headers. Raises DataError if it is missing, truncated, corrupt, or repeats a member."""
+    stamp = _stamp(tar)  # before the headers are read: a tar replaced meanwhile gets a stale index, not a wrong one
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
     for name, offset, size in members(tar):
         if not (match := NAME.fullmatch(name)):
             continue
-        sample, extension = places.setdefault(match[1], {}), match[2].lower()
+        sample, extension = samples.setdefault(match[1], {}), match[2].lower()
         if extension in sample:
             raise DataError(
                 f"shard {tar}: key {match[1]} has two .{extension} members, the second at byte {offset}: "
-                "give every sample its own key and build the shard again"
+                "give every sample a unique key and build the shard again"
             )
         sample[extension] = offset, size
-    extensions = sorted({extension for sample in places.values() for extension in sample})
-    offsets = np.full((len(places), len(extensions)), -1, dtype=np.int64)
+    extensions = sorted({extension for sample in samples.values() for extension in sample})
+    offsets = np.full((len(samples), len(extensions)), -1, dtype=np.int64)
     sizes = offsets.copy()
     for column, extension in enumerate(extensions):
-        for row, sample in enumerate(places.values()):
+        for row, sample in enumerate(samples.values()):
             offsets[row, column], sizes[row, column] = sample.get(extension, (-1, -1))
-    keys = np.array([key.encode("utf-8", "surrogateescape") for key in places], dtype=np.bytes_)
+    keys = np.array([key.encode("utf-8", "surrogateescape") for key in samples], dtype=np.bytes_)
     return ShardIndex(tar, keys, extensions, offsets, sizes, stamp)
 
 
 def save_index(index: ShardIndex) -> bool:
-    """Writes an index beside its tar, atomically; False if that folder cannot be written (a read-only data set)."""
+    """Writes an index next to its tar, atomically; False if the folder is not writable (a read-only data set)."""
     file = index_file(index.tar)
-    # Not the process id: ranks on several nodes may write into one shared folder.
+    # A process id would not be unique: ranks on several nodes may write into one shared folder.
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     arrays = {"keys": index.keys, "extensions": np.array(index.extensions, np.str_), "stamp": index.stamp}
     try:
@@ -90,13 +95,13 @@ def save_index(index: ShardIndex) -> bool:
         try:
             temporary.unlink(missing_ok=True)
         except OSError:
-            pass  # the folder refuses that too
+            pass  # not possible in this folder either
         return False
     return True
 
 
 def load_index(tar: Path) -> ShardIndex:
-    """A tar's saved index; built, and saved where possible, if there is none or the tar has changed since.
+    """A tar's saved index. If it is missing or older than the tar, it is built and, where possible, saved.
 
     Raises DataError as build_index does.
     """
@@ -107,33 +112,30 @@ def load_index(tar: Path) -> ShardIndex:
                 extensions = saved["extensions"].tolist()
                 return ShardIndex(tar, saved["keys"], extensions, saved["offset"], saved["size"], stamp)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # missing, or half a file from a copy that was cut off: it is only a cache
+        pass  # missing, or truncated by an interrupted copy: build it again
     index = build_index(tar)
     save_index(index)
     return index
 
 
-def usable_rows(
-    index: ShardIndex, caption_key: str | None, image_keys: list[str] | None, cache_key: str | None = None
-) -> tuple[np.ndarray, Counter]:
-    """Rows int64 [M] of the samples that have what is wanted (None: not wanted), and the others counted by reason.
+def usable_rows(index: ShardIndex, required: dict[str, list[str]]) -> tuple[np.ndarray, Counter]:
+    """Rows int64 [M] of the samples with every required member, and counts of the others by reason.
 
-    Raises DataError if no sample is left: a shard without captions is a mistake in building it, not noise.
+    required: extensions by what they are, for example {"caption": ["txt"]}; one of them must be present. Raises
+    DataError if no sample is left: a whole shard without captions was built wrongly.
     """
     rejects: Counter[str] = Counter()
     usable = np.ones(len(index), dtype=bool)
-    caption_keys, cache_keys = ([key] if key else None for key in (caption_key, cache_key))
-    for what, extensions in (("caption", caption_keys), ("image", image_keys), ("encoded tensors", cache_keys)):
-        if extensions is not None:
-            there = index.member(extensions)[1] > 0
-            rejects[f"no {what} (.{', .'.join(extensions)})"] += int((usable & ~there).sum())
-            usable &= there
+    for what, extensions in required.items():
+        present = index.locate(extensions)[1] > 0
+        rejects[f"no {what} (.{', .'.join(extensions)})"] += int((usable & ~present).sum())
+        usable &= present
     rejects = +rejects
     if not usable.any():
-        reasons = "; ".join(f"{count} have {reason}" for reason, count in rejects.items()) or "it holds no samples"
-        known = ", ".join(f".{extension}" for extension in index.extensions) or "nothing"
+        reasons = "; ".join(f"{count} have {reason}" for reason, count in rejects.items()) or "it has no samples"
+        known = ", ".join(f".{extension}" for extension in index.extensions) or "none"
         raise DataError(
-            f"shard {index.tar}: none of its {len(index)} samples can be used: {reasons}; its members are {known}: "
+            f"shard {index.tar}: none of its {len(index)} samples is usable: {reasons}; file extensions in it: {known}: "
             "set data.caption_key and data.image_keys to match, or build the shard again with `disback shards`"
         )
     return np.flatnonzero(usable), rejects
@@ -143,5 +145,5 @@ def _stamp(tar: Path) -> np.ndarray:
     try:
         stat = tar.stat()
     except OSError as error:
-        raise DataError(f"shard {tar}: {error.strerror}: build it with `disback shards` or correct the path") from error
+        raise DataError(f"shard {tar}: {error.strerror}: build it with `disback shards`, or fix the path") from error
     return np.array([VERSION, stat.st_size, stat.st_mtime_ns], dtype=np.int64)

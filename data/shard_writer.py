@@ -1,4 +1,4 @@
-"""Samples to shards."""
+"""Writes samples as shards."""
 
 import os
 import re
@@ -16,15 +16,15 @@ def write_shards(
     samples: Iterable[dict], out: Path, prefix: str, per_shard: int = 1000, overwrite: bool = False
 ) -> list[Path]:
     """Writes samples ({"__key__": name, "png": bytes, "txt": text, "json": object, ...}) as out/prefix-000000.tar and
-    on, `per_shard` samples each, with an index beside each. A shard gets its name only when it is whole, and the same
-    samples give the same bytes. Samples are consumed one by one and not kept.
+    so on, `per_shard` samples each, each with its index. A shard gets its final name once it is complete, and the same
+    samples give the same bytes. Samples are streamed, not collected in memory.
 
-    overwrite: replace this prefix's shards, all of them. Raises DataError if the folder cannot be written or already
-    holds shards of this prefix.
+    overwrite: replace all shards of this prefix. Raises DataError if the folder is not writable, or has shards of this
+    prefix.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        existing = shards_of(out, prefix)
+        existing = list_shards(out, prefix)
     except OSError as error:
         raise _unwritable(out, error) from error
     if existing and not overwrite:
@@ -44,15 +44,15 @@ def write_shards(
     return shards
 
 
-def shards_of(out: Path, prefix: str) -> list[Path]:
-    """The shards that write_shards made in a folder under this prefix, sorted; none if there is no such folder."""
+def list_shards(out: Path, prefix: str) -> list[Path]:
+    """The shards of this prefix that write_shards wrote into a folder, sorted; none if the folder does not exist."""
     name = re.compile(re.escape(prefix) + r"-\d{6}\.tar")
     return sorted(file for file in out.iterdir() if name.fullmatch(file.name)) if out.is_dir() else []
 
 
 def write_shard(samples: Iterable[dict], final: Path) -> None:
-    """One shard and its index; the shard gets its name only when it is whole. Raises DataError if it cannot be
-    written."""
+    """Writes one shard and its index. The shard gets its final name once it is complete. Raises DataError if writing
+    fails."""
     temporary = final.with_name(final.name + ".tmp")
     try:
         handle = temporary.open("wb")
@@ -67,11 +67,9 @@ def write_shard(samples: Iterable[dict], final: Path) -> None:
                     raise _unwritable(final.parent, error) from error
         os.replace(temporary, final)
     finally:
-        temporary.unlink(missing_ok=True)  # there only if something went wrong
+        temporary.unlink(missing_ok=True)  # exists only after an error
     save_index(build_index(final))
 
 
 def _unwritable(out: Path, error: OSError) -> DataError:
-    return DataError(
-        f"shards cannot be written into {out}: {error.strerror}: choose a folder with room that you may write"
-    )
+    return DataError(f"cannot write shards into {out}: {error.strerror}: choose a writable folder with enough space")

@@ -1,7 +1,7 @@
-"""A strict walk over a tar's headers.
+"""A strict reader of tar headers.
 
-tarfile and webdataset both take an unreadable header for the end of the archive: a shard then loses its tail without
-a word. Here a tar counts as whole only if every member lies inside it and nothing but zeros follows the last one.
+tarfile and webdataset both take an unreadable header for the end of the archive, and so drop the rest of a shard
+silently. Here a tar is complete only if every member lies inside it and nothing but zeros follows the last one.
 """
 
 import tarfile
@@ -10,13 +10,13 @@ from pathlib import Path
 from data.errors import DataError
 
 BLOCK = 512
-CURE = "copy it again from its source or rebuild it with `disback shards`"
+ADVICE = "copy it again from its source or rebuild it with `disback shards`"
 
 
 def members(tar: Path) -> list[tuple[str, int, int]]:
-    """(name, offset of its bytes, size in bytes) of every file in a tar, in the tar's order.
+    """(name, data offset, size in bytes) of every file in a tar, in the tar's order.
 
-    Raises DataError if the tar is cut off, has a corrupt header, or holds links or sparse files (no bytes to index).
+    Raises DataError if the tar is truncated, has a corrupt header, or has links or sparse files (no bytes to index).
     """
     found: list[tuple[str, int, int]] = []
     try:
@@ -26,7 +26,7 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
             while (member := _next(archive, tar, position, found)) is not None:
                 if max(member.offset_data + member.size, archive.offset) > total:
                     raise DataError(
-                        f"shard {tar}: truncated at byte {total}, inside member {member.name}; {_last(found)}: {CURE}"
+                        f"shard {tar}: truncated at byte {total}, inside member {member.name}; {_last(found)}: {ADVICE}"
                     )
                 position = archive.offset
                 if member.islnk() or member.issym() or member.issparse():
@@ -37,7 +37,7 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
                 if member.isfile():
                     found.append((member.name, member.offset_data, member.size))
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"shard {tar}: cannot be read as an uncompressed tar ({error}): {CURE}") from error
+        raise DataError(f"shard {tar}: cannot be read as an uncompressed tar ({error}): {ADVICE}") from error
     _check_end(tar, position, total, found)
     return found
 
@@ -46,19 +46,21 @@ def _next(archive: tarfile.TarFile, tar: Path, position: int, found: list) -> ta
     try:
         return archive.next()
     except tarfile.TarError as error:
-        raise DataError(f"shard {tar}: corrupt header at byte {position} ({error}); {_last(found)}: {CURE}") from error
+        raise DataError(
+            f"shard {tar}: corrupt header at byte {position} ({error}); {_last(found)}: {ADVICE}"
+        ) from error
 
 
 def _check_end(tar: Path, position: int, total: int, found: list) -> None:
-    """Tells the end mark (zeros up to the end of the file) from a header that tarfile could not parse."""
+    """Raises DataError unless the rest of the tar is its end mark (zeros), not a header that tarfile cannot parse."""
     if total - position < BLOCK:
-        raise DataError(f"shard {tar}: truncated at byte {total}, its end mark is missing; {_last(found)}: {CURE}")
+        raise DataError(f"shard {tar}: truncated at byte {total}, without its end mark; {_last(found)}: {ADVICE}")
     with tar.open("rb") as raw:
         raw.seek(position)
         while chunk := raw.read(1 << 20):
             if any(chunk):
-                raise DataError(f"shard {tar}: corrupt header at byte {position}; {_last(found)}: {CURE}")
+                raise DataError(f"shard {tar}: corrupt header at byte {position}; {_last(found)}: {ADVICE}")
 
 
 def _last(found: list[tuple[str, int, int]]) -> str:
-    return f"the last whole member is {found[-1][0]}" if found else "no member is whole"
+    return f"the last complete member is {found[-1][0]}" if found else "no member is complete"

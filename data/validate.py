@@ -1,12 +1,12 @@
-"""What is in a set of shards, and what is wrong with it."""
+"""Validates a set of shards: counts usable and rejected samples, and finds broken shards."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import DataError
-from data.reader import Reject, ShardDataset
 from data.settings import DataSettings
+from data.shard_dataset import SampleError, ShardDataset
 
 DEFAULTS = DataSettings()
 
@@ -17,33 +17,33 @@ def validate(
     image_keys: list[str] = DEFAULTS.image_keys,
     caption_key: str = DEFAULTS.caption_key,
 ) -> dict:
-    """Reads every caption, and with `decode` every image. A broken shard is reported and does not end the check.
+    """Reads every caption and, with `decode`, every image. A broken shard is reported; the others are still validated.
 
-    Returns {"shards": int, "samples": usable ones, "rejects": {reason: count}, "bytes": of all shards,
-    "caption_mean_length": characters, "broken": {shard: message}}.
+    Returns {"shards": count, "samples": usable ones, "rejects": {reason: count}, "bytes": total size,
+    "caption_mean_length": in characters, "broken": {shard: message}}.
     """
     rejects: Counter[str] = Counter()
     broken: dict[str, str] = {}
     samples = length = size = 0
     for path in paths:
         size += path.stat().st_size if path.exists() else 0
-        good: list[int] = []
-        found: Counter[str] = Counter()
+        lengths: list[int] = []
+        shard_rejects: Counter[str] = Counter()
         try:
-            # Both are wanted, so that the index counts what is missing; images are read only to be decoded.
+            # Requests images and captions so that missing ones are counted; image bytes are read only to decode them.
             dataset = ShardDataset([path], 8, ("image", "caption", "meta"), 0, image_keys, caption_key)
-            found += dataset.rejected
+            shard_rejects += dataset.rejected
             for row in range(len(dataset)):
                 try:
-                    good.append(len((dataset.read(row) if decode else dataset.read_text(row))["caption"]))
-                except Reject as reason:
-                    found[str(reason)] += 1
+                    lengths.append(len((dataset.read(row) if decode else dataset.read_text(row))["caption"]))
+                except SampleError as reason:
+                    shard_rejects[str(reason)] += 1
             dataset.close()
         except DataError as error:
             broken[str(path)] = str(error)
             continue
-        samples, length = samples + len(good), length + sum(good)
-        rejects += found
+        samples, length = samples + len(lengths), length + sum(lengths)
+        rejects += shard_rejects
     return {
         "shards": len(paths),
         "samples": samples,

@@ -1,1 +1,1 @@
-"""What is computed: diffusion schedules, networks, objectives, pipelines, metrics. Knows nothing of `trainer`."""
+"""Diffusion models: noise schedules, networks, objectives, pipelines and metrics. Imports nothing from `trainer`."""

@@ -49,7 +49,7 @@ class Architecture:
 
     @property
     def tokens(self) -> int:
-        return self.text_encoders[0]["max_position_embeddings"] + self.family.more_tokens
+        return self.text_encoders[0]["max_position_embeddings"] + self.family.extra_tokens
 
     @cached_property
     def text_parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""The demo's judge: a small classifier of handwritten digits, trained on the real ones."""
+"""A small classifier of handwritten digits, trained on the real ones: the feature extractor of the digit demo."""
 
 import math
 from pathlib import Path
@@ -30,8 +30,8 @@ class DigitClassifier(nn.Module):
         return features, self.head(features)
 
     def fit(self, images: Tensor, classes: Tensor, steps: int, seed: int) -> None:
-        """Trains on uint8 images [N, 3, 8, 8] with classes [N]: noise and shifts by a pixel, AdamW, cosine. The result
-        is a function of its arguments."""
+        """Trains on uint8 images [N, 3, 8, 8] with classes [N], with AdamW, a cosine schedule, noise and one-pixel
+        shifts. The result is a function of the arguments."""
         rng = torch.Generator().manual_seed(seed)
         adam = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.01)
         clean = images.float() / 127.5 - 1
@@ -57,7 +57,7 @@ class DigitClassifier(nn.Module):
 
 
 def new_classifier(seed: int) -> DigitClassifier:
-    """An untrained classifier; the global generator is left alone."""
+    """An untrained classifier. Does not touch the global random generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DigitClassifier()

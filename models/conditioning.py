@@ -1,4 +1,4 @@
-"""What a denoising network is told besides x_t and t: text states, pooled text and SDXL's time ids."""
+"""The conditioning of a denoising network besides x_t and t: text states, pooled text and SDXL's time ids."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """states: [B, L, D] text states; pooled: [B, P] pooled text; time_ids: [B, 6] original size (height, width),
-    crop corner (top, left), target size (height, width), in pixels (SDXL, Podell et al. 2023, section 2.2). A family
-    that has no pooled text or no time ids has None.
+    """The conditioning of a batch. Families without pooled text or time ids have None there.
 
-    empty_states, empty_pooled: the empty caption's, shaped as the caption's, or None if it is all zeros.
-    family: name of the family (models.families) whose networks take it.
+    states: text states [B, L, D]. pooled: pooled text [B, P]. time_ids: [B, 6], original size (height, width), crop
+    corner (top, left), target size (height, width), in pixels (SDXL, Podell et al. 2023, section 2.2).
+    empty_states, empty_pooled: those of the empty caption, in the same shapes; None if all zeros.
+    family: name of the model family (models.families).
     """
 
     states: Tensor
@@ -25,15 +25,15 @@ class Conditioning:
     family: str = "sdxl"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is there, by name; all of them have the batch as their first dimension."""
+        """The tensors that are not None, by name; the first dimension of each is the batch."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """The function applied to every tensor."""
+        """Applies a function to every tensor."""
         return replace(self, **{name: function(value) for name, value in self.tensors().items()})
 
     def unconditional(self) -> "Conditioning":
-        """The empty caption."""
+        """The conditioning of the empty caption."""
         states = torch.zeros_like(self.states) if self.empty_states is None else self.empty_states
         pooled = self.empty_pooled
         if pooled is None and self.pooled is not None:
@@ -41,21 +41,21 @@ class Conditioning:
         return replace(self, states=states, pooled=pooled)
 
     def dropped(self, mask: Tensor) -> "Conditioning":
-        """Captions replaced by the empty one where the boolean mask [B] is true (classifier-free guidance training)."""
+        """Replaces captions by the empty one where the boolean mask [B] is true (classifier-free guidance training)."""
         empty = self.unconditional()
         states = torch.where(mask[:, None, None], empty.states, self.states)
         pooled = None if self.pooled is None else torch.where(mask[:, None], empty.pooled, self.pooled)
         return replace(self, states=states, pooled=pooled)
 
     def doubled(self) -> "Conditioning":
-        """[unconditional; conditional] stacked along the batch, for guidance in one network call."""
+        """Stacks [unconditional; conditional] along the batch, for guidance in one network call."""
         empty = self.unconditional()
         pairs = {name: torch.cat([getattr(empty, name), value]) for name, value in self.tensors().items()}
         return replace(self, **pairs)
 
 
 def square_time_ids(batch: int, resolution: int, device: torch.device) -> Tensor:
-    """Time ids [B, 6] of an uncropped square image: what the diffusers pipeline uses by default when it samples."""
+    """Time ids [B, 6] of an uncropped square image, the default of the diffusers pipeline."""
     row = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32, device=device)
     return row.expand(batch, 6)
 

@@ -1,7 +1,7 @@
-"""Calls of a denoising network: the one place that makes them, and that knows the network's precision.
+"""Calls of denoising networks: every forward pass of a denoiser, and every change of precision, is here.
 
-`net` is a DeepSpeed engine or a plain network; how its family is called, models.families knows. Schedules and
-objectives compute in float32; the network computes in its own dtype.
+`net` is a DeepSpeed engine or a plain network; models.families builds its arguments. Schedules and objectives compute
+in float32, the network in its own dtype.
 """
 
 import torch
@@ -13,24 +13,24 @@ from models.families import FAMILIES
 
 
 def call(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, **more: object) -> tuple:
-    """The network's outputs at x_t [B, C, H, W] and t [B], in its own dtype; the first is its raw prediction."""
+    """The network's outputs at x_t [B, C, H, W] and t [B] in its own dtype; the first is the raw prediction."""
     dtype = getattr(net, "module", net).dtype
     arguments, named = FAMILIES[cond.family].inputs(x_t.to(dtype), t, cond)
     return net(*arguments, **named, return_dict=False, **more)
 
 
 def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """The network's raw prediction at x_t [B, C, H, W] and t [B], returned as float32 [B, C, H, W]."""
+    """The network's raw prediction at x_t [B, C, H, W] and t [B], as float32 [B, C, H, W]."""
     return call(net, x_t, t, cond)[0].float()
 
 
 def predict_guided(
     net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float, one_call: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The prediction with classifier-free guidance (Ho & Salimans 2022) and the plain conditional one.
+    """The prediction with classifier-free guidance (Ho & Salimans 2022), and the conditional one.
 
-    guided = uncond + scale (cond - uncond). One call with a doubled batch is cheaper than two (one_call=False), which
-    need half its memory. A scale of 1 is one plain call.
+    guided = uncond + scale (cond - uncond). One call with a doubled batch is faster than two (one_call=False), which
+    need half the memory. A scale of 1 takes one plain call.
     """
     if guidance_scale == 1.0:
         conditional = predict(net, x_t, t, cond)
@@ -47,7 +47,7 @@ def generate(net: nn.Module, z: Tensor, cond: Conditioning, schedule: Schedule, 
     """One step of a generator: x0 = G(z, c) at the conditioning timestep t_g (DisBack, section 3; for epsilon
     prediction x0 = (z - sigma(t_g) eps_G(z, t_g, c)) / alpha(t_g), for flow at sigma = 1 x0 = z - v_G(z, t_g, c)).
 
-    z: [B, C, H, W], standard normal for the first step, the noised sample for the later ones of a multi-step student.
+    z: [B, C, H, W], standard normal for the first step; for later steps of a generator with several, the noised sample.
     """
     t = torch.full((len(z),), timestep, device=z.device, dtype=torch.long)
     return schedule.to_x0(predict(net, z, t, cond), z, t)
@@ -56,7 +56,7 @@ def generate(net: nn.Module, z: Tensor, cond: Conditioning, schedule: Schedule, 
 def denoising_loss(
     net: nn.Module, schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor, cond: Conditioning
 ) -> Tensor:
-    """Denoising score matching (DisBack, eq. 4): mean squared error of the network's prediction at x_t, a scalar.
+    """Denoising score matching (DisBack, eq. 4): the mean squared error of the network's prediction at x_t, a scalar.
 
     x0, noise: [B, C, H, W]; t: [B].
     """

@@ -1,11 +1,11 @@
-"""The noise schedule and what a network predicts on it.
+"""Noise schedules and prediction types.
 
 Forward process: x_t = alpha_t x0 + sigma_t eps. Two kinds:
 - variance preserving (Ho et al. 2020, eq. 4): alpha_t^2 = abar_t, sigma_t^2 = 1 - abar_t, t = 0..T-1;
 - rectified flow (Liu et al. 2022, eq. 1; Esser et al. 2024, eq. 13): alpha_t = 1 - t / T, sigma_t = t / T, t = 0..T,
   where t = 0 is the data itself and t = T pure noise.
 
-A timestep is always what the network is told: a flow network is told sigma * T (T = 1000).
+Timesteps are always in the network's units: a flow network receives sigma * T (T = 1000).
 """
 
 from dataclasses import dataclass, replace
@@ -22,12 +22,13 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
 
 @dataclass(frozen=True)
 class Schedule:
-    """alphas, sigmas: alpha_t and sigma_t by timestep, float32 of shape [last + 1].
+    """A noise schedule and the prediction type of its networks.
 
-    prediction: what networks of this schedule output: "epsilon", "v_prediction" (alpha eps - sigma x0, Salimans & Ho
-    2022, appendix D), "sample" (x0) or "flow" (eps - x0, Esser et al. 2024, eq. 8).
-    first: the smallest timestep that is trained on.
-    shift: of the timesteps drawn for training (see `timesteps`); the schedule itself does not depend on it.
+    alphas, sigmas: alpha_t and sigma_t by timestep, float32 [last + 1].
+    prediction: "epsilon", "v_prediction" (alpha eps - sigma x0, Salimans & Ho 2022, appendix D), "sample" (x0) or
+    "flow" (eps - x0, Esser et al. 2024, eq. 8).
+    first: the smallest training timestep.
+    shift: of the training timesteps (see `timesteps`); the schedule itself does not depend on it.
     """
 
     alphas: Tensor
@@ -38,40 +39,40 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: dict, shift: float = 1.0) -> "Schedule":
-        """Builds the schedule from a diffusers scheduler's configuration: any scheduler with betas, or flow matching.
+        """The schedule of a diffusers scheduler configuration: any scheduler with betas, or flow matching.
 
-        A flow scheduler's own `shift` spaces the steps of sampling; it is not part of the schedule. Raises ModelError
-        for a scheduler or a prediction type that is not known.
+        A flow scheduler's own `shift` spaces the sampling steps and is not part of the schedule. Raises ModelError for
+        an unsupported scheduler or prediction type.
         """
         if config.get("_class_name") == FLOW:
             if config.get("use_dynamic_shifting"):
-                raise ModelError("scheduler: use_dynamic_shifting is not supported: set it to false, and `shift`")
+                raise ModelError("scheduler: use_dynamic_shifting is not supported: set it to false and set `shift`")
             sigmas = torch.arange(config["num_train_timesteps"] + 1) / config["num_train_timesteps"]
             return cls(1 - sigmas, sigmas, "flow", 1, shift)
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise ModelError(
-                f"scheduler: prediction_type '{prediction}' is not one of {', '.join(PREDICTIONS)}; a flow model needs a {FLOW}"
+                f"scheduler: unknown prediction_type '{prediction}': use one of {', '.join(PREDICTIONS)}, or a {FLOW}"
             )
         if "beta_start" not in config:
             raise ModelError(
-                f"scheduler: {config.get('_class_name')} has no betas: a scheduler with betas or a {FLOW} is needed"
+                f"scheduler: {config.get('_class_name')} has no betas: use a scheduler with betas, or {FLOW}"
             )
         abar = DDPMScheduler.from_config(config).alphas_cumprod.float()
         if prediction == "epsilon" and float(abar[-1]) == 0:
             raise ModelError(
-                "scheduler: at zero terminal signal (rescale_betas_zero_snr) epsilon says nothing about x0"
+                "scheduler: with rescale_betas_zero_snr, epsilon does not determine x0 at the last timestep: use v_prediction"
             )
         return cls(abar.sqrt(), (1 - abar).sqrt(), prediction, 0, shift)
 
     @property
     def last(self) -> int:
-        """The timestep of the most noise: T - 1, or T (sigma = 1) of a flow."""
+        """The noisiest timestep: T - 1, or T (sigma = 1) for a flow."""
         return len(self.alphas) - 1
 
     @property
     def steps(self) -> int:
-        """T, the number of timesteps that are trained on."""
+        """T, the number of training timesteps."""
         return self.last + 1 - self.first
 
     def to(self, device: torch.device) -> "Schedule":
@@ -82,9 +83,11 @@ class Schedule:
         return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
 
     def timesteps(self, uniform: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Integer timesteps for training from uniform draws u in [0, 1), int64 of shape [B]: u is first shifted,
-        u <- shift u / (1 + (shift - 1) u) (Esser et al. 2024, eq. 23: more noise for larger images), then
-        t = low T + u (high T - low T). So every t stays in the given range."""
+        """Training timesteps, int64 [B], from uniform draws u in [0, 1).
+
+        u is shifted, u <- shift u / (1 + (shift - 1) u) (Esser et al. 2024, eq. 23: more noise for larger images), then
+        t = low T + u (high T - low T), so that every t stays in the range.
+        """
         u = self.shift * uniform / (1 + (self.shift - 1) * uniform)
         first, last = int(low * self.steps), int(high * self.steps)
         return (first + u * (last - first)).long().clamp(first, last - 1) + self.first
@@ -95,7 +98,7 @@ class Schedule:
         return alpha * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What a network of this prediction type should output for (x0, noise, t)."""
+        """The regression target of a network of this prediction type at (x0, noise, t)."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -106,7 +109,7 @@ class Schedule:
         return alpha * noise - sigma * x0
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The x0 that a network's prediction at (x_t, t) stands for."""
+        """The x0 implied by a network's prediction at (x_t, t)."""
         if self.prediction == "sample":
             return prediction
         alpha, sigma = self.alpha_sigma(t)
@@ -117,7 +120,7 @@ class Schedule:
         return alpha * x_t - sigma * prediction
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a network's prediction at (x_t, t) stands for."""
+        """The noise implied by a network's prediction at (x_t, t)."""
         if self.prediction == "epsilon":
             return prediction
         alpha, sigma = self.alpha_sigma(t)

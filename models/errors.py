@@ -1,5 +1,5 @@
-"""Errors that a user of the library can act on."""
+"""The error type of this package."""
 
 
 class ModelError(Exception):
-    """A pipeline, weight file or model setting that cannot be used; the message says which, where and what to do."""
+    """An unusable pipeline, weight file or model setting. The message says what is wrong, where, and what to do."""

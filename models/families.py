@@ -1,7 +1,7 @@
-"""Families of text-to-image models: all that differs between SDXL, Stable Diffusion 1 and 2, and Stable Diffusion 3.
+"""Families of text-to-image models: everything that differs between SDXL, Stable Diffusion 1 and 2, and 3.
 
-Which family a pipeline folder is of, its own configuration says. No stage asks for a family's name: a new teacher
-is one more class here, and an instance of it in FAMILIES.
+A pipeline folder's own configuration determines its family. No stage depends on a family's name: supporting a new
+teacher takes one more class here, and an instance of it in FAMILIES.
 """
 
 import json
@@ -27,7 +27,7 @@ Inputs = tuple[tuple, dict]
 
 
 def read_json(file: Path) -> dict:
-    """A configuration file as a dictionary. Raises ModelError if it is not there or not JSON."""
+    """Reads a JSON configuration file. Raises ModelError if it is missing or not JSON."""
     try:
         return json.loads(file.read_text())
     except OSError as error:
@@ -37,32 +37,32 @@ def read_json(file: Path) -> dict:
 
 
 class Family(ABC):
-    """One family. A class, not a table of functions: families share most of what their relatives do."""
+    """One model family."""
 
-    name: str  # also what a Conditioning carries, so that a network is called the right way
-    pipeline: type[DiffusionPipeline]  # encodes text, and is what an export loads as
+    name: str  # stored in a Conditioning, so that `models.denoise.call` can build the network's arguments
+    pipeline: type[DiffusionPipeline]  # encodes text, and loads exported pipelines
     network: type[ModelMixin]
     part = "unet"  # the denoiser's folder in a pipeline folder
-    encoders: tuple[str, ...]  # folders of the text encoders that a pipeline must have
-    unused: tuple[str, ...] = ()  # parts that are of no use to encode text
-    more_tokens = 0  # text states behind those of the first encoder's tokens
+    encoders: tuple[str, ...]  # folders of the required text encoders
+    unused: tuple[str, ...] = ()  # pipeline parts not needed to encode text
+    extra_tokens = 0  # text states after those of the first encoder's tokens
 
     def fits(self, config: dict) -> bool:
-        """Whether a network's configuration (its config.json) is of this family."""
+        """Whether a network's configuration (its config.json) belongs to this family."""
         return config.get("_class_name") == self.network.__name__
 
     @abstractmethod
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> Inputs:
-        """Positional and named arguments of the network at x [B, C, H, W] and timesteps t [B]."""
+        """The network's positional and keyword arguments for x [B, C, H, W] and timesteps t [B]."""
 
     @abstractmethod
     def encode(
         self, parts: DiffusionPipeline, captions: list[str], device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """Text states [B, L, D] and pooled text [B, P], if the family has it, as the diffusers pipeline makes them."""
+        """Text states [B, L, D] and, if the family has it, pooled text [B, P], exactly as in the diffusers pipeline."""
 
     def empty_is_zero(self, parts: DiffusionPipeline) -> bool:
-        """Whether guidance's empty caption is all zeros instead of an encoded ""."""
+        """Whether guidance uses zeros as the empty caption, instead of an encoded ""."""
         return False
 
     def uses_time_ids(self) -> bool:
@@ -70,17 +70,15 @@ class Family(ABC):
 
     def tokens(self, parts: DiffusionPipeline) -> int:
         """Length L of the text states, padding included."""
-        return parts.tokenizer.model_max_length + self.more_tokens
+        return parts.tokenizer.model_max_length + self.extra_tokens
 
     def example(
         self, config: dict, batch: int, latent_shape: tuple[int, int, int], tokens: int, **like: object
     ) -> Inputs:
-        """`inputs` for a network of this configuration, all zeros. like: device and dtype of latents and text."""
+        """`inputs` of zeros for a network of this configuration. like: device and dtype of latents and text."""
         width, pooled = self.widths(config)
-        x, t = (
-            torch.zeros(batch, *latent_shape, **like),
-            torch.zeros(batch, dtype=torch.long, device=like.get("device")),
-        )
+        x = torch.zeros(batch, *latent_shape, **like)
+        t = torch.zeros(batch, dtype=torch.long, device=like.get("device"))
         cond = Conditioning(
             torch.zeros(batch, tokens, width, **like),
             None if pooled is None else torch.zeros(batch, pooled, **like),
@@ -91,18 +89,18 @@ class Family(ABC):
 
     @abstractmethod
     def widths(self, config: dict) -> tuple[int, int | None]:
-        """Widths D of the text states and P of the pooled text that a network of this configuration takes."""
+        """Widths D of the text states and P of the pooled text (or None) of a network with this configuration."""
 
     def largest_side(self, config: dict) -> int | None:
-        """The largest latent side that a network of this configuration takes, None if there is none."""
+        """The largest latent side that a network of this configuration accepts; None for no limit."""
         return None
 
     def patch(self, config: dict) -> int:
-        """The latent's side must be a multiple of this."""
+        """The factor that must divide the latent's side."""
         return 1
 
-    def stand_in(self, config: dict) -> ModelMixin | None:
-        """What the text pipeline is given instead of its denoiser."""
+    def placeholder(self, config: dict) -> ModelMixin | None:
+        """The denoiser's replacement in a pipeline that only encodes text."""
         return None
 
 
@@ -162,13 +160,13 @@ class StableDiffusionXL(Family):
 
 
 class StableDiffusion3(Family):
-    """Stable Diffusion 3 (Esser et al. 2024): a transformer with flow prediction, two CLIP encoders, perhaps T5."""
+    """Stable Diffusion 3 (Esser et al. 2024): a transformer with flow prediction, two CLIP encoders, optionally T5."""
 
     name = "sd3"
     pipeline, network, part = StableDiffusion3Pipeline, SD3Transformer2DModel, "transformer"
     encoders = ("text_encoder", "text_encoder_2")
     unused = ("feature_extractor", "image_encoder")
-    more_tokens = 256  # T5's: the pipeline's max_sequence_length; without T5 they are zeros, as in the pipeline
+    extra_tokens = 256  # T5's: the pipeline's max_sequence_length; zeros without T5, as in the pipeline
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> Inputs:
         text = {"encoder_hidden_states": cond.states.to(x.dtype), "pooled_projections": cond.pooled.to(x.dtype)}
@@ -178,7 +176,7 @@ class StableDiffusion3(Family):
         self, parts: DiffusionPipeline, captions: list[str], device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
         states, _, pooled, _ = parts.encode_prompt(
-            captions, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=self.more_tokens
+            captions, None, None, device, do_classifier_free_guidance=False, max_sequence_length=self.extra_tokens
         )
         return states, pooled
 
@@ -191,8 +189,8 @@ class StableDiffusion3(Family):
     def largest_side(self, config: dict) -> int | None:
         return config["pos_embed_max_size"] * config["patch_size"]
 
-    def stand_in(self, config: dict) -> ModelMixin | None:
-        with torch.device("meta"):  # the pipeline reads the text's width off its transformer's configuration
+    def placeholder(self, config: dict) -> ModelMixin | None:
+        with torch.device("meta"):  # the pipeline reads the width of the text states from its transformer's config
             return SD3Transformer2DModel.from_config({**config, "num_layers": 1, "dual_attention_layers": ()})
 
 
@@ -200,20 +198,22 @@ FAMILIES: dict[str, Family] = {f.name: f for f in (StableDiffusionXL(), StableDi
 
 
 def family_of(pipeline: Path) -> Family:
-    """The family of a pipeline folder, from its model_index.json. Raises ModelError for one that is not known."""
+    """The family of a pipeline folder, from its model_index.json. Raises ModelError for an unknown one."""
     file = Path(pipeline) / "model_index.json"
     found = read_json(file).get("_class_name")
     for family in FAMILIES.values():
         if family.pipeline.__name__ == found:
             return family
     known = ", ".join(f.pipeline.__name__ for f in FAMILIES.values())
-    raise ModelError(f"{file}: {found} is not a pipeline that can be distilled here: use one of {known}")
+    raise ModelError(f"{file}: unsupported pipeline {found}: use one of {known}")
 
 
 def network_family(config: dict, where: str = "network") -> Family:
-    """The family of a network, from its own configuration. Raises ModelError for one that is not known."""
+    """The family of a network, from its configuration. Raises ModelError for an unknown one."""
     for family in FAMILIES.values():
         if family.fits(config):
             return family
     kind, added = config.get("_class_name"), config.get("addition_embed_type")
-    raise ModelError(f"{where}: {kind} (addition_embed_type {added}) is not a denoiser that can be distilled here")
+    raise ModelError(
+        f"{where}: unsupported denoiser {kind} (addition_embed_type {added}): use SDXL or Stable Diffusion 1 to 3"
+    )

@@ -1,4 +1,4 @@
-"""Students written as plain diffusers pipelines: the network, a scheduler that steps as it does, all else copied."""
+"""Generators as plain diffusers pipelines: the network, a scheduler with its timesteps, the other parts copied."""
 
 import json
 import shutil
@@ -10,16 +10,16 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from models.diffusion import FLOW
 from models.errors import ModelError
 from models.families import family_of, read_json
-from models.pipeline import LORA_FOLDER, NOTE, replace_folder, variant_name, variant_of, weight_files
+from models.pipeline import INFO_FILE, LORA_FOLDER, replace_folder, variant_name, variant_of, weight_files
 
 
 def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """A scheduler whose single step starts at the conditioning timestep and ends at x0, so that a plain pipeline call
-    needs no `timesteps=`.
+    """A scheduler whose single step leads from the conditioning timestep to x0, so that a plain pipeline call needs no
+    `timesteps=`.
 
-    With betas it is the teacher's schedule cut off behind t_g: with trailing spacing one step starts at its last
-    timestep, which is t_g, and with `set_alpha_to_one` that step returns x0 itself. A flow's always starts at sigma = 1,
-    which is why that is a flow generator's only conditioning timestep.
+    With betas, it is the teacher's schedule truncated after t_g: with trailing spacing, one step starts at the last
+    timestep, which is t_g, and with `set_alpha_to_one` that step returns x0 itself. A flow scheduler always starts at
+    sigma = 1, so a flow generator can have no other conditioning timestep.
     """
     config = read_json(Path(source) / "scheduler" / "scheduler_config.json")
     if config["_class_name"] == FLOW:
@@ -30,25 +30,25 @@ def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler | FlowMatch
         trained_betas=full.betas[: timestep + 1].tolist(),
         prediction_type=config.get("prediction_type", "epsilon"),
         timestep_spacing="trailing",
-        steps_offset=1,  # not used by trailing spacing; SD's pipeline warns of any other value
+        steps_offset=1,  # unused with trailing spacing; SD's pipeline warns about any other value
         clip_sample=False,
         set_alpha_to_one=True,
     )
 
 
-def student_scheduler(source: Path, timesteps: tuple[int, ...]) -> SchedulerMixin:
-    """The scheduler that a plain diffusers pipeline samples a student with.
+def generator_scheduler(source: Path, timesteps: tuple[int, ...]) -> SchedulerMixin:
+    """The scheduler with which a plain diffusers pipeline samples from a generator.
 
-    Several steps are those of a consistency model: x0, fresh noise, the next timestep. `LCMScheduler` does that; its
-    configuration can hold evenly spaced timesteps t_j = t_0 - floor(j (t_0 + 1) / n), such as 999, 749, 499, 249, and no
-    others (`student_call` says which call is needed). Its boundary condition is switched off by a large
-    `timestep_scaling`: the student's x0 is the network's. Raises ModelError for several steps of a flow.
+    Several steps are those of a consistency model: x0, fresh noise, next timestep. `LCMScheduler` does this; its
+    configuration can only express evenly spaced timesteps t_j = t_0 - floor(j (t_0 + 1) / n), such as 999, 749, 499,
+    249 (see `pipeline_call` for others). A large `timestep_scaling` disables its boundary condition, so that x0 is the
+    network's. Raises ModelError for several steps of a flow.
     """
     if len(timesteps) == 1:
         return one_step_scheduler(source, timesteps[0])
     config = read_json(Path(source) / "scheduler" / "scheduler_config.json")
     if config["_class_name"] == FLOW:
-        raise ModelError(f"{source} is a flow: no scheduler of a plain pipeline makes the steps {list(timesteps)}")
+        raise ModelError(f"{source} is a flow: no diffusers scheduler has the steps {list(timesteps)}: use one step")
     steps = timesteps[0] + 1
     return LCMScheduler(
         num_train_timesteps=steps,
@@ -56,22 +56,22 @@ def student_scheduler(source: Path, timesteps: tuple[int, ...]) -> SchedulerMixi
         trained_betas=DDIMScheduler.from_config(config).betas[:steps].tolist(),
         prediction_type=config.get("prediction_type", "epsilon"),
         timestep_scaling=1e6,
-        steps_offset=1,  # not used, as above
+        steps_offset=1,  # unused, as above
         clip_sample=False,
         set_alpha_to_one=True,
     )
 
 
-def student_call(scheduler: SchedulerMixin, timesteps: tuple[int, ...]) -> str:
-    """How a plain pipeline with this scheduler makes an image; `timesteps=` only if the scheduler cannot hold them."""
+def pipeline_call(scheduler: SchedulerMixin, timesteps: tuple[int, ...]) -> str:
+    """The call that makes an image with this scheduler; `timesteps=` only if its configuration cannot express them."""
     scheduler.set_timesteps(len(timesteps))
-    held = scheduler.timesteps.tolist() == list(timesteps)
-    how = f"num_inference_steps={len(timesteps)}" if held else f"timesteps={list(timesteps)}"
-    return f"pipe(prompt, {how}, guidance_scale=0.0)"
+    default = scheduler.timesteps.tolist() == list(timesteps)
+    steps = f"num_inference_steps={len(timesteps)}" if default else f"timesteps={list(timesteps)}"
+    return f"pipe(prompt, {steps}, guidance_scale=0.0)"
 
 
 def _copy_part(source: Path, out: Path, variant: str) -> None:
-    """Copies one part of a pipeline: its weights (of the variant, under plain names) and all that is not weights."""
+    """Copies one part of a pipeline: its weights (of the variant, but with plain names) and all other files."""
     skip = shutil.ignore_patterns(
         "*.safetensors*", "*.bin", "*.bin.index*.json", "*.ckpt", "*.onnx*", "*.msgpack", "*.h5", ".*"
     )
@@ -89,7 +89,7 @@ def _copy_part(source: Path, out: Path, variant: str) -> None:
         (out / f"{stem}.safetensors.index.json").write_text(text.replace(f".{variant}", "") if variant else text)
 
 
-def write_student_pipeline(
+def write_generator_pipeline(
     source: Path,
     network: Path | Callable[[Path], None],
     timesteps: tuple[int, ...],
@@ -98,14 +98,14 @@ def write_student_pipeline(
     variant: str = "",
     lora: Path | None = None,
 ) -> str:
-    """Writes a pipeline folder with the denoiser of the folder `network` (or what `network` writes into the folder that it
-    is given), all else from `source`, that steps at `timesteps`. Returns the call that makes an image with it. Only the
-    parts that model_index.json names are copied; a part that is not there (the hub's safety checker is not fetched) is
-    left out of the index.
+    """Writes a generator as a pipeline folder, and returns the call that makes an image with it.
 
-    `note` is kept as disback.json; a LoRA folder is copied as `lora/`. Atomic: an existing pipeline at `out` is replaced as a whole. Raises ModelError.
+    source: the pipeline that all other parts are copied from. Only those in model_index.json are; missing ones (such as
+    the hub's safety checker, which is not downloaded) are set to null in the index. network: the denoiser's folder, or
+    a function that writes it into the folder passed to it. note: additional entries for disback.json. lora: a LoRA
+    folder, copied as `lora/`. Atomic: replaces an existing pipeline at `out` as a whole. Raises ModelError.
     """
-    scheduler = student_scheduler(source, timesteps)
+    scheduler = generator_scheduler(source, timesteps)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -125,8 +125,8 @@ def write_student_pipeline(
     if lora:
         shutil.copytree(lora, temporary / LORA_FOLDER)
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    call = student_call(scheduler, timesteps)
-    about = {"conditioning_timestep": timesteps[0], "timesteps": list(timesteps), "call": call, **note}
-    (temporary / NOTE).write_text(json.dumps(about, indent=2) + "\n")
+    call = pipeline_call(scheduler, timesteps)
+    info = {"conditioning_timestep": timesteps[0], "timesteps": list(timesteps), "call": call, **note}
+    (temporary / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
     replace_folder(temporary, out)
     return call

@@ -1,8 +1,8 @@
 """Low-rank adaptation (LoRA, Hu et al. 2021): y = W x + alpha / rank * B A x, with W frozen and only A and B trained.
 
-The layers are peft's. A LoRA folder has `pytorch_lora_weights.safetensors`, whose keys are those of diffusers'
-`save_lora_weights` (`unet.<module>.lora_A.weight`), so that `pipe.load_lora_weights(folder)` takes it as it is,
-peft's `adapter_config.json`, and `disback.json` with the sha256 of the network that it belongs on.
+The layers are peft's. A LoRA folder has `pytorch_lora_weights.safetensors` with the keys of diffusers'
+`save_lora_weights` (`unet.<module>.lora_A.weight`), so that `pipe.load_lora_weights(folder)` loads it, peft's
+`adapter_config.json`, and `disback.json` with the sha256 of the base network.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.pipeline import LORA_FILE, NOTE, load_network, weight_files, weights_hash
+from models.pipeline import INFO_FILE, LORA_FILE, load_network, weight_files, weights_hash
 from models.settings import LORA_TARGETS, LoraSettings
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,10 +26,10 @@ ADAPTER = "default"  # peft's name for the only adapter of a network
 
 
 def check_targets(folder: Path, settings: LoraSettings, variant: str = "") -> None:
-    """Raises ModelError if a target is not the end of any linear or convolution layer's name in a weights folder. Only
-    the headers of its files are read."""
+    """Raises ModelError unless each target is the end of a linear or convolution layer's name in a weights folder.
+    Reads only the headers of its files."""
     if not settings.targets:
-        raise ModelError("lora.targets is empty: name modules, such as [to_q, to_k, to_v, to_out.0]")
+        raise ModelError("lora.targets is empty: name modules, for example [to_q, to_k, to_v, to_out.0]")
     names = set()
     for file in weight_files(folder, variant):
         with safe_open(file, framework="pt") as handle:
@@ -39,56 +39,56 @@ def check_targets(folder: Path, settings: LoraSettings, variant: str = "") -> No
     missing = [t for t in settings.targets if not any(n == t or n.endswith("." + t) for n in names)]
     if missing:
         ends = {n.rpartition(".")[2] for n in names}
-        there = [t for t in LORA_TARGETS if any(n.endswith("." + t) for n in names)] or sorted(
-            e for e in ends if e[0] > "9"
-        )
+        known = [t for t in LORA_TARGETS if any(n.endswith("." + t) for n in names)]
+        known = known or sorted(e for e in ends if e[0] > "9")
         raise ModelError(
-            f"lora.targets: {folder} has no linear or convolution layer named {', '.join(missing)}; it has for example "
-            f"{', '.join(there[:8])}"
+            f"lora.targets: {folder} has no linear or convolution layer named {', '.join(missing)}; it has, for "
+            f"example, {', '.join(known[:8])}"
         )
 
 
-def attach(
+def add_adapter(
     net: nn.Module,
     settings: LoraSettings,
     seed: str,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Puts an adapter on a network, in place: A as peft's default (Kaiming), B zero, so that nothing changes yet.
+    """Adds an adapter to a network in place: A from peft's default (Kaiming), B zero, so the outputs do not change yet.
 
-    Each A is a function of the seed and its own name: alike on every rank and device, whatever else was drawn before.
-    device, dtype: the adapter's, default the network's; of a network on the meta device only the adapter gets memory. It
-    must not be sharded yet: peft looks at the shapes of its weights.
+    Each A is a function of the seed and its name: the same on every rank and device, whatever was drawn before.
+    device, dtype: of the adapter, by default the network's; on a network on the meta device, only the adapter gets
+    memory. The network must not be sharded yet: peft reads the shapes of its weights.
     """
     net.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):  # peft draws its own first values, from the global generator
-        inject_adapter_in_model(_peft_config(settings), net, ADAPTER)
-    net._hf_peft_config_loaded = True  # as diffusers' own add_adapter does: its methods on adapters ask for it
+    with torch.random.fork_rng(devices=[]):  # peft initialises from the global generator
+        inject_adapter_in_model(peft_config(settings), net, ADAPTER)
+    net._hf_peft_config_loaded = True  # as in diffusers' add_adapter: its adapter methods check it
     for key, parameter in adapter_parameters(net).items():
-        first = torch.zeros(parameter.shape)
+        value = torch.zeros(parameter.shape)
         if ".lora_A." in key:
             digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            nn.init.kaiming_uniform_(first, a=5**0.5, generator=generator)
+            nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
         module, _, name = key.partition(".")[2].rpartition(".")
         layer = net.get_submodule(f"{module}.{ADAPTER}")
-        setattr(layer, name, nn.Parameter(first.to(device or parameter.device, dtype or parameter.dtype)))
+        setattr(layer, name, nn.Parameter(value.to(device or parameter.device, dtype or parameter.dtype)))
 
 
-def _peft_config(settings: LoraSettings) -> LoraConfig:
+def peft_config(settings: LoraSettings) -> LoraConfig:
+    """The settings as a peft configuration."""
     own = settings.identity()
     return LoraConfig(r=own["rank"], lora_alpha=own["alpha"], target_modules=own["targets"])
 
 
 def base_key(key: str) -> str:
-    """The name in a weights folder of a weight below an adapter."""
+    """The name of an adapted layer's weight in a weights folder."""
     return key.replace(".base_layer.", ".")
 
 
 def adapter_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by their names in a LoRA file; empty if there is none. `net` may wrap the network."""
-    module = _carrier(net)
+    """The adapter's parameters by their names in a LoRA file; empty without an adapter. `net` may wrap the network."""
+    module = _adapted_network(net)
     if module is None:
         return {}
     return {
@@ -98,26 +98,26 @@ def adapter_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _carrier(net: nn.Module) -> nn.Module | None:
-    """The network that carries the adapter: `net`, or what it wraps."""
+def _adapted_network(net: nn.Module) -> nn.Module | None:
+    """The network with the adapter: `net` itself or one inside it."""
     return next((module for module in net.modules() if hasattr(module, "peft_config")), None)
 
 
 def _part(module: nn.Module) -> str:
-    """diffusers' name for the part of a pipeline that the network is."""
+    """The network's name in a diffusers pipeline."""
     return "unet" if "UNet" in type(module).__name__ else "transformer"
 
 
-def adapter_note(net: nn.Module) -> tuple[dict[str, str], str]:
-    """The metadata of a LoRA file (how diffusers learns alpha) and the text of adapter_config.json."""
-    module = _carrier(net)
-    config = {k: _plain(v) for k, v in module.peft_config[ADAPTER].to_dict().items()}
+def adapter_metadata(net: nn.Module) -> tuple[dict[str, str], str]:
+    """The metadata of a LoRA file (diffusers reads alpha from it) and the text of adapter_config.json."""
+    module = _adapted_network(net)
+    config = {k: _jsonable(v) for k, v in module.peft_config[ADAPTER].to_dict().items()}
     header = json.dumps({f"{_part(module)}.{k}": v for k, v in config.items()}, sort_keys=True)
     return {"lora_adapter_metadata": header}, json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def _plain(value: object) -> object:
-    """For JSON; sets sorted, since their order differs from process to process and files are known by their hash."""
+def _jsonable(value: object) -> object:
+    """A JSON value. Sets are sorted: their order differs between processes, which would change the file's hash."""
     if isinstance(value, set):
         return sorted(value)
     return value.value if isinstance(value, Enum) else value
@@ -129,27 +129,27 @@ def is_adapter(folder: Path) -> bool:
 
 @torch.no_grad()
 def merge(net: nn.Module, folder: Path) -> None:
-    """Adds a LoRA folder to the weights of a plain network, in place and for good: W <- W + alpha / rank * B A.
+    """Merges a LoRA folder into the weights of a plain network, in place: W <- W + alpha / rank * B A.
 
-    Summed in float32 and rounded once to the network's dtype. Raises ModelError if a key or a shape does not fit.
+    Summed in float32 and rounded once to the network's dtype. Raises ModelError for a key or shape mismatch.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         scale = config["lora_alpha"] / config["r"]
         state = load_file(folder / LORA_FILE)
-    except Exception as error:  # safetensors' own error type is not public
-        raise ModelError(f"{folder}: not a whole LoRA folder: {error}") from error
-    halves: dict[str, dict[str, Tensor]] = {}
+    except Exception as error:  # safetensors' error type is not public
+        raise ModelError(f"{folder}: not a complete LoRA folder: {error}") from error
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        name, _, half = key.partition(".")[2].rpartition(".lora_")
-        halves.setdefault(name, {})[half] = value
-    for name, pair in halves.items():
+        name, _, matrix = key.partition(".")[2].rpartition(".lora_")
+        pairs.setdefault(name, {})[matrix] = value
+    for name, pair in pairs.items():
         try:
             weight = net.get_submodule(name).weight
             if pair.keys() != {"A.weight", "B.weight"}:
                 raise ValueError(f"has {sorted(pair)} where A.weight and B.weight are expected")
-            # A convolution's A has its kernel and B is 1 x 1, so that flattened they multiply as a linear layer's do.
+            # A convolution's A has its kernel size and its B is 1 x 1: flattened, they multiply as in a linear layer.
             delta = pair["B.weight"].float().flatten(1) @ pair["A.weight"].float().flatten(1)
             merged = weight.float() + scale * delta.view(weight.shape).to(weight.device)
         except (AttributeError, ValueError, RuntimeError) as error:
@@ -158,13 +158,14 @@ def merge(net: nn.Module, folder: Path) -> None:
 
 
 def load_merged(base: Path, adapter: Path, dtype: torch.dtype, variant: str = "") -> ModelMixin:
-    """The network of a weights folder with a LoRA folder added. Raises ModelError, also for another base than the one
-    that the adapter was trained on."""
-    note = json.loads((Path(adapter) / NOTE).read_text()) if (Path(adapter) / NOTE).is_file() else {}
-    if note.get("base") not in (None, weights_hash(base, variant)):
+    """The network of a weights folder with a LoRA folder merged into it. Raises ModelError, also if the adapter was
+    trained on another base."""
+    file = Path(adapter) / INFO_FILE
+    info = json.loads(file.read_text()) if file.is_file() else {}
+    if info.get("base") not in (None, weights_hash(base, variant)):
         raise ModelError(
-            f"{adapter} was trained on another network (sha256 {note['base'][:12]}...) than {base}: set `pipeline` and "
-            "`generator_start` as they were"
+            f"{adapter} was trained on another network (sha256 {info['base'][:12]}...) than {base}: set `pipeline` and "
+            "`generator_start` as in its training"
         )
     net = load_network(base, dtype, variant)
     merge(net, adapter)

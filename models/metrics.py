@@ -1,4 +1,4 @@
-"""Distances between sets of images, from their features; pure functions, sharded by sums."""
+"""Metrics between sets of images, from their features: Frechet distance, kernel distance, precision and recall."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and second-moment sum of features, in float64: of two parts of a set they add up, so ranks need not
-    gather features. stack: one vector [1 + D + D D] for an all-reduce."""
+    """Count, sum and second-moment sum of features in float64. They add up over the parts of a set, so ranks do not
+    gather features. stack: all three as one vector [1 + D + D D], for an all-reduce."""
 
     stack: Tensor
     size: int
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """features: [N, D]."""
+        """The moments of features [N, D]."""
         f = features.double()
         count = torch.tensor([float(len(f))], dtype=torch.float64, device=f.device)
         return cls(torch.cat([count, f.sum(0), (f.T @ f).flatten()]), f.shape[1])
@@ -30,7 +30,7 @@ class Moments:
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """Frechet distance of two Gaussians (Heusel et al. 2017): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    """Frechet distance between two Gaussians (Heusel et al. 2017): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
     tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric.
     """
@@ -42,7 +42,7 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 
 def kernel_distance(one: Tensor, other: Tensor) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018) of whole feature sets [N, D]."""
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018) between feature sets [N, D]."""
     x, y = one.double(), other.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ def kernel_distance(one: Tensor, other: Tensor) -> float:
 
 
 def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Share of fake samples within the real manifold, and of real samples within the fake one (Kynkaanniemi et al.
-    2019); a manifold is the union of balls that reach each sample's k-th neighbour. Feature sets [N, D], [M, D]."""
+    """The share of fake samples inside the real manifold, and of real samples inside the fake one (Kynkaanniemi et al.
+    2019). A manifold is the union of balls around each sample up to its k-th neighbour. Feature sets [N, D], [M, D]."""
 
     def radii(a: Tensor) -> Tensor:
         return torch.cdist(a, a).kthvalue(neighbours + 1, dim=1).values  # the nearest is the sample itself
@@ -69,8 +69,8 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[f
 
 
 def spread(x0: Tensor) -> Tensor:
-    """How much samples [B, C, H, W] differ from each other (from their own mean, if there is but one): a standard
-    deviation, a scalar. A generator that collapses makes it small."""
+    """The standard deviation between samples [B, C, H, W] (within the sample if there is only one), a scalar. It
+    becomes small when a generator collapses."""
     if len(x0) > 1:
         return (x0 - x0.roll(1, 0)).square().mean().div(2).sqrt()
     return (x0 - x0.mean((2, 3), keepdim=True)).square().mean().sqrt()

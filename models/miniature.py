@@ -1,4 +1,4 @@
-"""Miniature pipelines, built offline: every part of the real ones, small enough to train on two CPU cores."""
+"""Miniature pipelines, built offline: all parts of the real ones, small enough to train on two CPU cores."""
 
 import torch
 from diffusers import (
@@ -35,9 +35,9 @@ def _text_config(settings: MiniatureSettings, width: int) -> CLIPTextConfig:
     )
 
 
-def _spread(encoder: nn.Module) -> None:
-    """Random encoders stay frozen, so their captions must already lie apart. CLIP's initial weights are so small that
-    every text state is nearly the same; unit-size embeddings and uniform attention carry each word everywhere."""
+def _init_text_encoder(encoder: nn.Module) -> None:
+    """Initialises a text encoder that stays frozen, so that different captions have different states. CLIP's initial
+    weights are so small that all states are nearly equal; unit embeddings and uniform attention mix every word in."""
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if name.endswith("token_embedding.weight"):
@@ -114,7 +114,7 @@ def _vae(settings: MiniatureSettings) -> AutoencoderKL:
 
 
 def _scheduler(settings: MiniatureSettings) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """As in the models' own scheduler_config.json; SDXL and Stable Diffusion have one noise schedule."""
+    """The scheduler of the real models' scheduler_config.json; SDXL and Stable Diffusion share one noise schedule."""
     if settings.family == "sd3":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
     return DDIMScheduler(
@@ -125,24 +125,24 @@ def _scheduler(settings: MiniatureSettings) -> DDIMScheduler | FlowMatchEulerDis
 
 
 def build_miniature(settings: MiniatureSettings) -> DiffusionPipeline:
-    """A whole pipeline with random weights: a denoiser, CLIP text encoders with CLIP's real tokenizers, AutoencoderKL,
-    the family's noise schedule. A function of the settings; the global generator is left alone."""
-    one, first = settings.family in ("sd15", "sd21"), settings.text_widths[0]
+    """A complete pipeline with random weights: denoiser, AutoencoderKL, text encoders with CLIP's real tokenizers, and
+    the family's noise schedule. A function of the settings; does not touch the global random generator."""
+    one_encoder, first = settings.family in ("sd15", "sd21"), settings.text_widths[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = _transformer(settings) if settings.family == "sd3" else _unet(settings)
         vae = _vae(settings)
         plain = CLIPTextModelWithProjection if settings.family == "sd3" else CLIPTextModel
         encoders = [plain(_text_config(settings, first))]
-        if not one:
+        if not one_encoder:
             encoders.append(CLIPTextModelWithProjection(_text_config(settings, settings.text_widths[1])))
         for encoder in encoders:
-            _spread(encoder)
+            _init_text_encoder(encoder)
         letters = letter_tokenizer(256)
         t5 = _t5(settings, len(letters)) if settings.family == "sd3" else None
     parts = {"vae": vae, "scheduler": _scheduler(settings)}
     parts |= {"text_encoder": encoders[0], "tokenizer": clip_tokenizer(settings.tokens)}
-    if one:
+    if one_encoder:
         parts |= dict.fromkeys(("safety_checker", "feature_extractor")) | {"requires_safety_checker": False}
         return StableDiffusionPipeline(unet=network, **parts)
     parts |= {"text_encoder_2": encoders[1], "tokenizer_2": clip_tokenizer(settings.tokens, pad_token="!")}

@@ -5,7 +5,7 @@ With s = -eps / sigma and eps = (x_t - alpha x0) / sigma, the score difference s
 (eps_target - eps_fake) / sigma, and that is alpha / sigma^2 (x0_fake - x0_target). This holds on every schedule
 x_t = alpha x0 + sigma eps, a flow's alpha = 1 - sigma too; there, with x0 = x_t - sigma v, the x0 difference is
 sigma (v_target - v_fake).
-A new objective is one function here, one line in OBJECTIVES and its name in BacktrackSettings.objective.
+A new objective takes one function here, one line in OBJECTIVES and its name in BacktrackSettings.objective.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """What the objectives see of one noised generator batch; every tensor has shape [B, C, H, W] unless said."""
+    """The inputs of the objectives for one noised generator batch; tensors are [B, C, H, W] unless noted."""
 
     x0: Tensor  # the generator's sample, detached
     target_x0: Tensor  # the target's (guided) estimate of x0 from x_t
@@ -32,10 +32,10 @@ def vsd(scores: Scores) -> Tensor:
 
 
 def dmd(scores: Scores) -> Tensor:
-    """Distribution matching distillation (Yin et al. 2024, eq. 7-8), normalised a sample:
+    """Distribution matching distillation (Yin et al. 2024, eq. 7-8), normalised per sample:
     g = (x0_fake - x0_target) / mean|x0 - x0_target|."""
     scale = (scores.x0 - scores.target_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
-    # A sample on which the target agrees to the last bit has nothing to say; do not divide by it.
+    # The scale is 0 where the target agrees with the sample to the last bit.
     return (scores.fake_x0 - scores.target_x0) / scale.clamp_min(1e-8)
 
 

@@ -1,4 +1,4 @@
-"""Networks that are seldom used: on the host until they are, so that their device memory is free for training."""
+"""Offloading of seldom used networks to the CPU, so that their device memory is free for training."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,20 +7,19 @@ import torch
 from torch import nn
 
 
-def park(modules: Sequence[nn.Module]) -> None:
-    """Moves frozen networks to the host; `awake` fetches them from there."""
+def offload_to_cpu(modules: Sequence[nn.Module]) -> None:
+    """Moves frozen networks to the CPU; `on_device` brings them back while they are needed."""
     for module in modules:
         module.to("cpu")
 
 
 @contextmanager
-def awake(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """The networks on the device for the time of the block; those that were parked are parked again after it."""
-    away = device.type != "cpu"
-    parked = [module for module in modules if away and next(module.parameters()).device.type == "cpu"]
-    for module in parked:
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Holds the networks on the device inside the block; offloaded ones return to the CPU afterwards."""
+    offloaded = [m for m in modules if device.type != "cpu" and next(m.parameters()).device.type == "cpu"]
+    for module in offloaded:
         module.to(device)
     try:
         yield
     finally:
-        park(parked)
+        offload_to_cpu(offloaded)

@@ -1,4 +1,4 @@
-"""Parts of a diffusers pipeline folder: strict loading, networks without weights, hashing."""
+"""Loading of diffusers pipeline folders: strict weights, networks without weights, hashes."""
 
 import hashlib
 import os
@@ -17,22 +17,22 @@ from models.families import family_of, network_family, read_json
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-LORA_FOLDER = "lora"  # in an exported pipeline: a LoRA folder that is not merged
-NOTE = "disback.json"  # what an exported pipeline says of itself
+LORA_FOLDER = "lora"  # in an exported pipeline: an unmerged LoRA
+INFO_FILE = "disback.json"  # describes an exported pipeline or a LoRA folder
 
 
 def variant_name(name: str, variant: str) -> str:
-    """diffusers' and transformers' file name of a variant: a.safetensors -> a.fp16.safetensors, and an index
-    a.safetensors.index.json -> a.safetensors.index.fp16.json. Without a variant the name itself."""
+    """The file name of a variant in diffusers and transformers: a.safetensors -> a.fp16.safetensors, and for an index
+    a.safetensors.index.json -> a.safetensors.index.fp16.json. Unchanged without a variant."""
     stem, _, ending = name.rpartition(".")
     return f"{stem}.{variant}.{ending}" if variant else name
 
 
 def weight_files(folder: Path, variant: str = "", stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """The safetensors files of a weights or LoRA folder: one, or those that its index names.
+    """The safetensors files of a weights or LoRA folder: one, or those in its index.
 
-    variant: files of this variant are taken if the folder has them, else the plain ones (nodes and checkpoints have no
-    variants). stem: "model" for a text encoder. Raises ModelError.
+    variant: preferred if the folder has files of it (nodes and checkpoints have no variants). stem: "model" for a text
+    encoder. Raises ModelError.
     """
     folder = Path(folder)
     for name in dict.fromkeys((variant, "")):
@@ -44,50 +44,49 @@ def weight_files(folder: Path, variant: str = "", stem: str = "diffusion_pytorch
             files = [folder / part for part in sorted(set(read_json(index)["weight_map"].values()))]
             for file in files:
                 if not file.is_file():
-                    raise ModelError(f"{folder}: {file.name} is missing, though {index.name} names it")
+                    raise ModelError(f"{folder}: {file.name} is listed in {index.name} but missing: download it again")
             return files
     if (folder / LORA_FILE).is_file():
         return [folder / LORA_FILE]
     if any(folder.glob("*.bin")):
         raise ModelError(
-            f"{folder}: its weights are pickle files (*.bin), which run code when they are read; convert the pipeline once: "
+            f"{folder}: the weights are pickle files (*.bin), which can execute code; convert the pipeline once: "
             "python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('PIPELINE', "
             "use_safetensors=False).save_pretrained('CONVERTED', safe_serialization=True)\""
         )
-    raise ModelError(f"{folder}: no {stem}.safetensors (and no index) there")
+    raise ModelError(f"{folder}: has neither {stem}.safetensors nor its index")
 
 
 def variant_of(files: list[Path], variant: str) -> str | None:
-    """The variant, if these files are of it."""
+    """The variant if these files belong to it, else None."""
     return variant if variant and f".{variant}" in files[0].name else None
 
 
 def _load_strict(kind: type, folder: Path, dtype: torch.dtype, variant: str, stem: str) -> nn.Module:
-    """from_pretrained, but a missing or unexpected key is an error: the libraries would go on with random weights."""
+    """from_pretrained, but missing or unexpected keys are errors: the libraries would continue with random weights."""
     variant = variant_of(weight_files(folder, variant, stem), variant)
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
         )
-    except Exception as error:  # OSError, ValueError, KeyError or safetensors' own, as the libraries have it
+    except Exception as error:  # OSError, ValueError, KeyError or safetensors' own type
         raise ModelError(f"{folder}: cannot be loaded as {kind.__name__}: {error}") from error
     wrong = {name: keys for name, keys in info.items() if keys}
     if wrong:
-        raise ModelError(f"{folder}: does not fit {kind.__name__} exactly: {wrong}")
+        raise ModelError(f"{folder}: its keys do not match {kind.__name__}: {wrong}")
     return model
 
 
 def load_network(folder: Path, dtype: torch.dtype = torch.float32, variant: str = "") -> ModelMixin:
-    """The denoiser of a weights folder, of the class that its config.json names, every key matched. Raises
-    ModelError."""
+    """The denoiser of a weights folder, of the class in its config.json, loaded strictly. Raises ModelError."""
     folder = Path(folder)
     family = network_family(read_json(folder / "config.json"), str(folder))
     return _load_strict(family.network, folder, dtype, variant, "diffusion_pytorch_model")
 
 
 def empty_network(folder: Path) -> ModelMixin:
-    """The denoiser of a weights folder, of its own class, without weights: parameters on the meta device, buffers as they
-    are computed. It takes no memory; `trainer.engine.weights.load_folder` fills it. Raises ModelError."""
+    """The denoiser of a weights folder without its weights: parameters on the meta device, buffers computed. Takes no
+    memory until the weights are loaded into it. Raises ModelError."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     family = network_family(config, str(folder))
@@ -95,58 +94,55 @@ def empty_network(folder: Path) -> ModelMixin:
         with init_empty_weights(include_buffers=False):
             return family.network.from_config(config)
     except Exception as error:  # as in _load_strict
-        raise ModelError(f"{folder}: not the folder of a {family.network.__name__}: {error}") from error
+        raise ModelError(f"{folder}: its config.json does not fit a {family.network.__name__}: {error}") from error
 
 
 def load_vae(pipeline: Path, dtype: torch.dtype = torch.float32, variant: str = "") -> AutoencoderKL:
-    """The autoencoder of a pipeline folder, frozen, in evaluation mode. Raises ModelError."""
+    """The autoencoder of a pipeline folder, frozen and in evaluation mode. Raises ModelError."""
     vae = _load_strict(AutoencoderKL, Path(pipeline) / "vae", dtype, variant, "diffusion_pytorch_model")
     return vae.eval().requires_grad_(False)
 
 
 def load_text(pipeline: Path, dtype: torch.dtype, device: torch.device, variant: str = "") -> DiffusionPipeline:
-    """The pipeline without denoiser and VAE: tokenizers and text encoders, every key matched, frozen, on the device.
+    """The pipeline without denoiser and VAE: tokenizers, and text encoders loaded strictly, frozen, on the device.
     Raises ModelError."""
     pipeline = Path(pipeline)
     family, index = family_of(pipeline), read_json(pipeline / "model_index.json")
     config = read_json(pipeline / family.part / "config.json")
     absent = [name for name, kind in index.items() if isinstance(kind, list) and kind[0] is None]
-    parts = dict.fromkeys((*absent, *family.unused, "vae")) | {family.part: family.stand_in(config)}
+    parts = dict.fromkeys((*absent, *family.unused, "vae")) | {family.part: family.placeholder(config)}
     for name in text_encoders(index):
         kind = getattr(transformers, index[name][1])
-        parts[name] = (
-            _load_strict(kind, pipeline / name, dtype, variant, "model").eval().requires_grad_(False).to(device)
-        )
+        encoder = _load_strict(kind, pipeline / name, dtype, variant, "model")
+        parts[name] = encoder.eval().requires_grad_(False).to(device)
     try:
         return family.pipeline.from_pretrained(pipeline, **parts)
-    except Exception as error:  # as above: the library's own errors name neither the part nor the way out
+    except Exception as error:  # as above; the library's errors do not name the folder
         raise ModelError(f"pipeline {pipeline}: its text encoders cannot be loaded: {error}") from error
 
 
 def text_encoders(index: dict) -> list[str]:
-    """The text encoders that a model_index.json names (SD3's third may be null)."""
+    """The text encoders in a model_index.json (SD3's third may be null)."""
     return [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
 
 
 def load_schedule(pipeline: Path, shift: float = 1.0) -> Schedule:
-    """The diffusion schedule and prediction type of a pipeline folder; `shift`: of timesteps drawn for training. Raises
-    ModelError."""
+    """The noise schedule of a pipeline folder. shift: of the training timesteps. Raises ModelError."""
     return Schedule.from_config(read_json(Path(pipeline) / "scheduler" / "scheduler_config.json"), shift)
 
 
 def weights_hash(folder: Path, variant: str = "", stem: str = "diffusion_pytorch_model") -> str:
-    """sha256 over a weights folder's safetensors files, in name order, as hexadecimal; arguments as in `weight_files`.
+    """The sha256 (hexadecimal) over a weights folder's safetensors files in name order; arguments as in `weight_files`.
     Raises ModelError."""
     digest = hashlib.sha256()
     for file in weight_files(folder, variant, stem):
         with file.open("rb") as handle:
-            while block := handle.read(1 << 24):
-                digest.update(block)
+            hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Moves a finished folder to its name; a reader sees the old folder, none, or the new one, never half of one."""
+    """Renames a finished folder to its final name. Readers see the old one, none, or the new one, never a part."""
     if final.exists():
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""What a network costs, measured on the meta device: parameters, saved activations, peaks, FLOP. No weights, no memory."""
+"""What a network costs, measured on the meta device, without weights: FLOP of its passes, and memory for activations."""
 
 import json
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,17 +15,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.families import network_family
+from models.gan import Discriminator, feature_shape
+from models.lora import peft_config
 from models.settings import LoraSettings
+
+WHOLE = LoraSettings()  # no adapters
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one sample, in bytes and FLOP (2 a multiply-accumulate).
+class PassFlops:
+    """FLOP of one sample's forward passes, 2 per multiply-accumulate.
 
-    saved: activations that autograd keeps from forward to backward. peak: most memory of forward and backward at any
-    moment, without the parameters and their gradients. forward_peak: the same of a forward pass without autograd.
-    encoder_*: up to and with a UNet's middle block, which is what a GAN head on its features needs; 0 without one.
-    trainable, frozen: elements of each parameter.
+    forward: the denoiser. encoder: the part of it up to the bottleneck, which the GAN head reads. head: the head alone.
+    adapter: work of the LoRA matrices, as a share of the denoiser's.
+    """
+
+    forward: float
+    encoder: float = 0.0
+    head: float = 0.0
+    adapter: float = 0.0
+
+
+@dataclass(frozen=True)
+class NetworkMemory:
+    """Parameters, and bytes of activations of one sample.
+
+    trainable, frozen: elements of each parameter. saved: activations that autograd keeps from forward to backward.
+    encoder_saved: those up to the bottleneck, which the GAN head needs; 0 for a network without one. peak: the maximum
+    over forward and backward pass, without parameters and their gradients. forward_peak: the maximum over a forward pass
+    without autograd.
     """
 
     trainable: tuple[int, ...]
@@ -34,17 +52,155 @@ class Cost:
     encoder_saved: int
     peak: int
     forward_peak: int
-    forward_flops: float
-    train_flops: float  # forward and backward, recomputation of checkpointing included
-    encoder_flops: float  # forward
 
     @property
     def parameters(self) -> int:
         return sum(self.trainable) + sum(self.frozen)
 
 
-class Saved:
-    """Bytes of the unique storages that autograd saves inside the block, the given parameters' left out."""
+def count_flops(call: Callable[[], object]) -> float:
+    """FLOP of the matrix products, convolutions and attentions that a call executes, backward passes and recomputation
+    included. Not counted: flash attention on a CPU, xformers."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def pass_flops(
+    config: dict, latent_shape: tuple[int, int, int], tokens: int, gan: bool = False, lora: LoraSettings = WHOLE
+) -> PassFlops:
+    """Counts the passes of a denoiser with this configuration (its config.json). Raises ModelError for an unknown network
+    and, with the GAN term, for one that the head cannot read."""
+    return _pass_flops(_key(config), tuple(latent_shape), tokens, gan, _key(lora.model_dump()))
+
+
+def network_memory(
+    config: dict,
+    latent_shape: tuple[int, int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool = False,
+    lora: LoraSettings = WHOLE,
+    fused: bool = True,
+) -> NetworkMemory:
+    """Measures a denoiser with this configuration (its config.json). fused: the attention kernel does not keep the matrix
+    of scores, as all but the math kernel."""
+    key = _key(config), tuple(latent_shape), tokens, dtype, checkpointing, _key(lora.model_dump()), fused
+    return _network_memory(*key)
+
+
+def with_head(network: NetworkMemory, config: dict, latent_shape: tuple[int, int, int]) -> NetworkMemory:
+    """The same with the parameters of the GAN head; its activations are below a hundredth of the network's and left out.
+    Raises ModelError for a denoiser that the head cannot read."""
+    return replace(network, trainable=network.trainable + _head_parameters(_key(config), tuple(latent_shape)))
+
+
+def _key(values: dict) -> str:
+    """A configuration as the key of a cache, without what does not make the network, such as diffusers' version."""
+    made_of = {k: v for k, v in values.items() if not k.startswith("_") or k == "_class_name"}
+    return json.dumps(made_of, sort_keys=True, default=str)
+
+
+@lru_cache(maxsize=32)
+def _pass_flops(config: str, latent_shape: tuple[int, int, int], tokens: int, gan: bool, lora: str) -> PassFlops:
+    @torch.no_grad()
+    def count(module: nn.Module, *args: object, **kwargs: object) -> float:
+        return count_flops(lambda: module(*args, **kwargs))
+
+    network, settings = meta_network(json.loads(config)), LoraSettings(**json.loads(lora))
+    args, kwargs = inputs(network, 1, latent_shape, tokens)
+    forward, encoder, head, adapter = count(network, *args, **kwargs), 0.0, 0.0, 0.0
+    if gan:
+        with torch.device("meta"):
+            discriminator = Discriminator(network, latent_shape, seed=0)
+            head = count(discriminator.head, torch.empty(1, *feature_shape(network, latent_shape)))
+        encoder = count(discriminator, *args, with_logits=True, decoder="skip", **kwargs) - head
+    if settings.rank:
+        adapted = meta_network(json.loads(config), lora=settings)
+        adapter = count(adapted, *args, **kwargs) / forward - 1
+    return PassFlops(forward, encoder, head, adapter)
+
+
+@lru_cache(maxsize=32)
+def _head_parameters(config: str, latent_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    network = meta_network(json.loads(config))
+    with torch.device("meta"):
+        return tuple(p.numel() for p in Discriminator(network, latent_shape, seed=0).head.parameters())
+
+
+@lru_cache(maxsize=32)
+def _network_memory(
+    config: str,
+    latent_shape: tuple[int, int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    lora: str,
+    fused: bool,
+) -> NetworkMemory:
+    network = meta_network(json.loads(config), dtype, LoraSettings(**json.loads(lora)))
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    parameters = list(network.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in trained:  # how long gradients live is up to ZeRO, see trainer.planner.memory
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    with torch.device("meta"), _fused_attention() if fused else nullcontext():
+        args, kwargs = inputs(network, 1, latent_shape, tokens)
+        with torch.no_grad(), PeakMemory(parameters) as without_autograd:
+            network(*args, **kwargs)
+        saved, encoder_saved = SavedActivations(parameters), 0
+
+        def at_bottleneck(*_: object) -> None:
+            nonlocal encoder_saved
+            encoder_saved = saved.bytes
+
+        bottleneck = getattr(network, "mid_block", None)
+        hook = bottleneck.register_forward_hook(at_bottleneck) if bottleneck is not None else None
+        with PeakMemory(parameters) as both:
+            with saved.hooks():
+                out = network(*args, **kwargs)[0]
+            if hook is not None:
+                hook.remove()  # checkpointing runs the block once more
+            saved_bytes = saved.bytes
+            saved.storages.clear()
+            out.backward(torch.empty_like(out))
+    return NetworkMemory(
+        trainable=tuple(p.numel() for p in trained),
+        frozen=tuple(p.numel() for p in parameters if not p.requires_grad),
+        saved=saved_bytes,
+        encoder_saved=encoder_saved,
+        peak=both.peak,
+        forward_peak=without_autograd.peak,
+    )
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def meta_network(config: dict, dtype: torch.dtype = torch.float32, lora: LoraSettings = WHOLE) -> ModelMixin:
+    """A denoiser without weights, in training mode; with LoRA all but the adapters is frozen."""
+    with torch.device("meta"):
+        network = network_family(config).network.from_config(config)
+        if lora.rank:
+            network.requires_grad_(False)
+            network.add_adapter(peft_config(lora))
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.to(dtype)
+    return network.train()
+
+
+def inputs(network: ModelMixin, batch: int, latent_shape: tuple[int, int, int], tokens: int) -> tuple:
+    """(args, kwargs) of a call of this network on its device, in its dtype."""
+    config = {**network.config, "_class_name": type(network).__name__}
+    like = {"device": network.device, "dtype": network.dtype}
+    args, kwargs = network_family(config).example(config, batch, latent_shape, tokens, **like)
+    return args, kwargs | {"return_dict": False}
+
+
+class SavedActivations:
+    """Bytes of the distinct storages that autograd saves in the block, without those of the given parameters."""
 
     def __init__(self, parameters: list[Tensor]):
         self.ignored = {p.untyped_storage()._cdata for p in parameters}
@@ -54,7 +210,7 @@ class Saved:
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in self.ignored:
-                self.storages[storage._cdata] = storage  # held, so that no other storage gets its address
+                self.storages[storage._cdata] = storage  # kept alive, so that its address is not reused
             return tensor
 
         return saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -64,9 +220,9 @@ class Saved:
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-class Live(TorchDispatchMode):
-    """Follows the bytes of all storages that operators inside the block make, and their highest sum. The given
-    parameters, of which operators return views, are not counted."""
+class PeakMemory(TorchDispatchMode):
+    """Tracks the bytes of all live storages that operators in the block allocate, and their peak. The given parameters, of
+    which some operators return views, do not count."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__()
@@ -87,37 +243,17 @@ class Live(TorchDispatchMode):
         self.known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._freed, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
 
 
-def meta_network(config: dict, dtype: torch.dtype, rank: int = 0, targets: tuple[str, ...] = ()) -> ModelMixin:
-    """A denoiser without weights, in training mode; with rank > 0 frozen but for LoRA matrices on the target layers."""
-    with torch.device("meta"):
-        network = network_family(config).network.from_config(config)
-        if rank:
-            network.requires_grad_(False)
-            network.add_adapter(LoraSettings(rank=rank, targets=list(targets)).peft())
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.to(dtype)
-    return network.train()
-
-
-def inputs(network: ModelMixin, batch: int, latent_shape: tuple[int, int, int], tokens: int) -> tuple:
-    """(args, kwargs) of a call of this network on its device, in its dtype."""
-    config = {**network.config, "_class_name": type(network).__name__}
-    like = {"device": network.device, "dtype": network.dtype}
-    args, kwargs = network_family(config).example(config, batch, latent_shape, tokens, **like)
-    return args, kwargs | {"return_dict": False}
-
-
 @contextmanager
-def fused_attention():
-    """Attention as the fused kernels of a GPU do it. On the meta device PyTorch would take the plain one, which keeps the
-    whole matrix of scores."""
+def _fused_attention():
+    """Attention as a GPU's fused kernels compute it. On the meta device PyTorch would take the plain kernel, which keeps
+    the whole matrix of scores."""
     original = nn.functional.scaled_dot_product_attention
 
     def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
@@ -129,78 +265,3 @@ def fused_attention():
         yield
     finally:
         nn.functional.scaled_dot_product_attention = original
-
-
-def cost(
-    config: dict,
-    latent_shape: tuple[int, int, int],
-    tokens: int,
-    dtype: torch.dtype,
-    checkpointing: bool = False,
-    rank: int = 0,
-    targets: tuple[str, ...] = (),
-    fused: bool = True,
-) -> Cost:
-    """Measures a denoiser of this configuration (its config.json). fused: attention never holds the matrix of scores (all kernels but math)."""
-    plain = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
-    key = json.dumps(plain, sort_keys=True, default=str)
-    return _cost(key, tuple(latent_shape), tokens, dtype, checkpointing, rank, tuple(targets), fused)
-
-
-@lru_cache(maxsize=32)
-def _cost(key, latent_shape, tokens, dtype, checkpointing, rank, targets, fused) -> Cost:
-    network = meta_network(json.loads(key), dtype, rank, targets)
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-    parameters = list(network.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    for parameter in trained:  # gradients are counted elsewhere: ZeRO decides how many stay
-        parameter.register_post_accumulate_grad_hook(_drop)
-    with torch.device("meta"), fused_attention() if fused else nullcontext():
-        args, kwargs = inputs(network, 1, latent_shape, tokens)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, Live(parameters) as quiet:
-            network(*args, **kwargs)
-        saved, at_middle = Saved(parameters), []
-        middle = getattr(network, "mid_block", None)
-        handle = middle and middle.register_forward_hook(lambda *_: at_middle.append(saved.bytes))
-        with FlopCounterMode(display=False) as both, Live(parameters) as live:
-            with saved.hooks():
-                out = network(*args, **kwargs)[0]
-            if handle:
-                handle.remove()
-            saved_bytes = saved.bytes
-            saved.storages.clear()
-            out.backward(torch.empty_like(out))
-    by_module = counter.get_flop_counts()
-    late = [f"{type(network).__name__}.{name}" for name in ("up_blocks", "conv_norm_out", "conv_out")]
-    decoder = sum(sum(ops.values()) for name, ops in by_module.items() if _child_of(name, late))
-    forward = float(counter.get_total_flops())
-    return Cost(
-        trainable=tuple(p.numel() for p in trained),
-        frozen=tuple(p.numel() for p in network.parameters() if not p.requires_grad),
-        saved=saved_bytes,
-        encoder_saved=at_middle[0] if middle else 0,
-        peak=live.peak,
-        forward_peak=quiet.peak,
-        forward_flops=forward,
-        train_flops=float(both.get_total_flops()),
-        encoder_flops=forward - decoder if middle else 0.0,
-    )
-
-
-def _drop(parameter: nn.Parameter) -> None:
-    parameter.grad = None
-
-
-def _child_of(name: str, parents: list[str]) -> bool:
-    """Whether a FLOP counter's module name is one of the parents or, for a list of blocks, one of its members."""
-    head, _, last = name.rpartition(".")
-    return name in parents or (last.isdigit() and head in parents)
-
-
-def saved_bytes(network: nn.Module, call: Callable[[], object]) -> int:
-    """Bytes of activations that a call keeps for its backward pass."""
-    saved = Saved(list(network.parameters()))
-    with saved.hooks():
-        call()
-    return saved.bytes

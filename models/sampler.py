@@ -1,4 +1,4 @@
-"""Captions to images, with one step or many; the network may be a plain one or an engine."""
+"""Sampling of images from captions, in few or many steps, with a plain network or an engine."""
 
 from pathlib import Path
 
@@ -9,17 +9,16 @@ from torch import Tensor, nn
 from models.denoise import predict_guided
 from models.diffusion import Schedule
 from models.multistep import Student
-from models.offload import awake
+from models.offload import on_device
 from models.pipeline import load_schedule, load_vae
 from models.text_encoder import TextEncoder
 
-DECODED_PIXELS = 2 * 1024**2  # of the images that are encoded or decoded at once
+VAE_PIXELS = 2 * 1024**2  # of the images that are encoded or decoded in one call
 
 
 class ImageNoise:
-    """Noise of images by number: image i draws from a CPU generator with seed + i, first its start and then the noise of
-    each later step, as a diffusers pipeline does with `torch.Generator("cpu").manual_seed(seed + i)`, on every machine
-    alike."""
+    """Noise by image number: image i draws its initial noise, and then that of each later step, from a CPU generator
+    with seed + i, on every machine alike, as a diffusers pipeline does with `torch.Generator("cpu")`."""
 
     def __init__(self, seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device):
         self.generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
@@ -31,12 +30,12 @@ class ImageNoise:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 by truncation of (x + 1) * 127.5, the protocol of the published numbers."""
+    """Images in [-1, 1] to uint8, truncating (x + 1) * 127.5 as in the protocol of published results."""
     return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
 class Sampler:
-    """Everything but the denoising network: text encoders, schedule and decoder of one pipeline folder."""
+    """Everything for sampling but the denoiser: text encoders, schedule and autoencoder of a pipeline folder."""
 
     def __init__(
         self, text: TextEncoder, vae: AutoencoderKL, schedule: Schedule, scheduler_config: dict, resolution: int
@@ -54,9 +53,9 @@ class Sampler:
         variant: str = "",
         shift: float = 1.0,
     ) -> "Sampler":
-        """Loads the parts from a pipeline folder; the decoder stays in float32 (SDXL's overflows in half).
+        """Loads the parts of a pipeline folder. The autoencoder stays in float32 (SDXL's overflows in half precision).
 
-        variant: of the weight files. shift: of the timesteps that the schedule draws for training."""
+        variant: of the weight files. shift: of the training timesteps."""
         text = TextEncoder(pipeline, dtype, device, variant)
         vae = load_vae(pipeline, variant=variant).to(device)
         schedule = load_schedule(pipeline, shift).to(device)
@@ -69,50 +68,54 @@ class Sampler:
         return self.vae.config.latent_channels, side, side
 
     @property
-    def at_once(self) -> int:
-        """Images that the autoencoder takes at once: in float32 SDXL's holds some 2 GB an image of 1024 pixels."""
-        return max(1, DECODED_PIXELS // self.resolution**2)
+    def vae_batch(self) -> int:
+        """Images per autoencoder call: SDXL's needs about 2 GB per image of 1024 pixels in float32."""
+        return max(1, VAE_PIXELS // self.resolution**2)
 
-    def scaled(self, latents: Tensor) -> Tensor:
-        """The autoencoder's latents as the diffusion model sees them: (latents - shift) * scale; SD3's have a shift."""
+    def scale(self, latents: Tensor) -> Tensor:
+        """The diffusion model's latents from the autoencoder's: (latents - shift) * scale; only SD3's have a shift."""
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
+        """Decodes the diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        with awake([self.vae], latents.device):
-            return torch.cat([to_uint8(self.vae.decode(z, return_dict=False)[0]) for z in latents.split(self.at_once)])
+        with on_device([self.vae], latents.device):
+            images = [to_uint8(self.vae.decode(z, return_dict=False)[0]) for z in latents.split(self.vae_batch)]
+        return torch.cat(images)
 
     @torch.no_grad()
     def encode(self, images: Tensor, eps: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1], drawn from the autoencoder's posterior with the
+        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1], drawn from the autoencoder's posterior with
         standard normal eps [B, C, h, w]."""
-        mean, std = self.posterior(images)
-        return self.drawn(mean, std, eps)
+        return self.draw_latents(*self.posterior(images), eps)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, C, h, w] of the autoencoder's own, unscaled latents of images [B, 3, H, W]."""
-        with awake([self.vae], images.device):
-            parts = [self.vae.encode(part).latent_dist for part in images.split(self.at_once)]
+        """Mean and standard deviation [B, C, h, w] of the unscaled latents of images [B, 3, H, W]."""
+        with on_device([self.vae], images.device):
+            parts = [self.vae.encode(part).latent_dist for part in images.split(self.vae_batch)]
         return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
-    def drawn(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
-        """Scaled latents drawn from a posterior with the standard normal eps, all [B, C, h, w]."""
-        return self.scaled(mean + std * eps)
+    def draw_latents(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+        """Scaled latents drawn from a posterior with standard normal eps, all [B, C, h, w]."""
+        return self.scale(mean + std * eps)
 
     @torch.no_grad()
-    def student(self, net: nn.Module, captions: list[str], noise: ImageNoise, timesteps: tuple[int, ...]) -> Tensor:
-        """uint8 images [B, 3, H, W] of a student that steps at `timesteps`."""
+    def generator_images(
+        self, net: nn.Module, captions: list[str], noise: ImageNoise, timesteps: tuple[int, ...]
+    ) -> Tensor:
+        """uint8 images [B, 3, H, W] from a generator with steps at `timesteps`."""
         cond = self.text.encode(captions, self.resolution)
         student = Student(self.schedule, timesteps)
         return self.decode(student.trajectory(net, cond, lambda _: noise.draw(), len(timesteps))[-1])
 
     @torch.no_grad()
-    def many_steps(self, net: nn.Module, captions: list[str], z: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """uint8 images [B, 3, H, W] of a diffusion model from z: deterministic DDIM (Song et al. 2021), or Euler's
-        steps of a flow, spaced as the pipeline's scheduler says."""
+    def diffusion_images(
+        self, net: nn.Module, captions: list[str], z: Tensor, steps: int, guidance_scale: float
+    ) -> Tensor:
+        """uint8 images [B, 3, H, W] from a diffusion model, starting at z: deterministic DDIM (Song et al. 2021), or
+        Euler steps for a flow, spaced as by the pipeline's scheduler."""
         if self.schedule.prediction == "flow":
             scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
         else:

@@ -1,4 +1,4 @@
-"""Captions to text states, with the pipeline's own encoders."""
+"""Encoding of captions with a pipeline's own text encoders."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from models.conditioning import Conditioning, square_time_ids
 from models.families import family_of, read_json
-from models.offload import awake
+from models.offload import on_device
 from models.pipeline import load_text, text_encoders
 
 
 class TextEncoder:
     """Encodes captions with the text encoders of a pipeline folder, as the diffusers pipeline does.
 
-    A batch is always encoded whole. Remembering captions would save little (they seldom come twice in a large set) and
-    cost exactness: the last bit of a state depends on the batch that it is computed in, and a resumed run would not
-    remember what the first one did. The empty caption is encoded once, alone, if it is not all zeros.
+    A batch is always encoded as a whole. Caching captions would save little (they rarely repeat in a large set) and
+    break exact resumption: the last bit of a state depends on its batch, and a resumed run would start with an empty
+    cache. The empty caption is encoded once, alone, unless it is all zeros.
     """
 
     def __init__(self, pipeline: Path, dtype: torch.dtype, device: torch.device, variant: str = ""):
@@ -29,21 +29,22 @@ class TextEncoder:
 
     @property
     def tokens(self) -> int:
-        """Length of the token sequence, padding included."""
+        """Length of the token sequence, including padding."""
         return self.family.tokens(self.parts)
 
     @torch.no_grad()
     def _text(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
-        with awake(self.encoders, self.device):
+        with on_device(self.encoders, self.device):
             return self.family.encode(self.parts, captions, self.device)
 
     def encode(self, captions: list[str], time_ids: Tensor | int) -> Conditioning:
-        """Conditioning of B captions; time_ids: [B, 6], or the resolution in pixels of uncropped square images. A
-        family without time ids leaves them out."""
+        """The conditioning of B captions. time_ids: [B, 6], or the resolution in pixels of uncropped square images;
+        ignored by families without time ids."""
         return self.conditioning(*self._text(captions), time_ids)
 
     def conditioning(self, states: Tensor, pooled: Tensor | None, time_ids: Tensor | int) -> Conditioning:
-        """Text states [B, L, D] and pooled text [B, P] of this pipeline with all else that its denoiser is told."""
+        """The conditioning from text states [B, L, D] and pooled text [B, P] of this pipeline; time_ids as in
+        `encode`."""
         batch = len(states)
         if not self.family.uses_time_ids():
             time_ids = None

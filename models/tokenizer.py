@@ -1,4 +1,4 @@
-"""Tokenizers without a download: CLIP's, whose vocabulary open_clip ships, and one of T5's kind that reads letters."""
+"""Tokenizers without a download: CLIP's, from the vocabulary in open_clip, and a T5 tokenizer of single letters."""
 
 import gzip
 import string
@@ -25,8 +25,8 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def clip_tokenizer(max_length: int, pad_token: str = END) -> CLIPTokenizer:
-    """CLIP's own byte-pair tokenizer for texts of `max_length` tokens. SDXL's first pads with the end token, its second
-    with "!" (id 0)."""
+    """CLIP's byte-pair tokenizer for texts of `max_length` tokens. SDXL's first tokenizer pads with the end token, its
+    second with "!" (id 0)."""
     vocabulary, merges = _vocabulary()
     tokenizer = CLIPTokenizer(
         vocab=dict(vocabulary),
@@ -37,12 +37,12 @@ def clip_tokenizer(max_length: int, pad_token: str = END) -> CLIPTokenizer:
         pad_token=pad_token,
         model_max_length=max_length,
     )
-    if len(tokenizer) != VOCABULARY:  # transformers builds a two-word tokenizer if it does not like its arguments
+    if len(tokenizer) != VOCABULARY:  # with unexpected arguments, transformers silently builds a two-word tokenizer
         raise RuntimeError(f"CLIP tokenizer has {len(tokenizer)} entries instead of {VOCABULARY}")
     return tokenizer
 
 
 def letter_tokenizer(max_length: int) -> T5Tokenizer:
-    """A T5 tokenizer that splits a text into its letters; what is no letter of a to z is unknown to it."""
+    """A T5 tokenizer that splits a text into letters; all characters but a to z are unknown tokens."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
     return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=max_length)

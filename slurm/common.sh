@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the job scripts share: from an allocation to ranks, and from how they ended to what happens next.
-# Settings (environment, all optional) are described in slurm/README.md.
+# Shared by the job scripts: starts the ranks of an allocation, and decides from how they ended whether the job restarts.
+# Settings are environment variables, all optional: see slurm/README.md.
 
 : "${CONFIG:=configs/sdxl.yaml}" "${LAUNCHER:=srun}" "${MAX_STALLED:=3}" "${SELF_CHAIN:=0}"
 : "${CONTAINER:=}" "${CONTAINER_FLAGS:=}" "${SRUN_FLAGS:=}" "${MODULES:=}"
@@ -9,7 +9,7 @@ MISTAKE=2 STOPPED=75
 
 say() { echo "disback: $*" >&2; }
 
-# The end for good: what waits for this job is told, and the log's last line says why.
+# Ends the job for good. The reason is the last line of its log, and goes to the logs of the jobs that depend on it.
 give_up() { # code message
     tell_dependents "$SLURM_JOB_ID" "job $SLURM_JOB_ID ($VERB) failed: $2"
     say "job $SLURM_JOB_ID ($VERB): $2"
@@ -20,12 +20,12 @@ job_field() { # job field
     scontrol show job -o "$1" 2>/dev/null | grep -oP "(?<= $2=)\S+" || true
 }
 
-dependents() { # job -> the pending jobs that wait for it
+dependents() { # job -> the pending jobs that depend on it
     squeue --noheader --user="$(id -un)" --states=PENDING --format='%i %E' 2>/dev/null |
         awk -v job="$1" '{ n = split($2, parts, /[:,?(]/); for (i = 1; i <= n; i++) if (parts[i] == job) { print $1; break } }'
 }
 
-# A job that is cancelled for a failed dependency never runs and has no log of its own: the reason is put there for it.
+# A job that Slurm cancels for a failed dependency never runs and writes no log, so this one writes the reason there.
 tell_dependents() { # job message
     local child file
     for child in $(dependents "$1"); do
@@ -35,7 +35,7 @@ tell_dependents() { # job message
     done
 }
 
-# Node names resolve by DNS on most clusters, by nothing on some: then Slurm's own address of the node.
+# The node's name if it resolves, as on most clusters; otherwise the address that Slurm has for it.
 address_of() { # node
     if getent hosts "$1" >/dev/null; then echo "$1"; else
         scontrol show node -o "$1" | grep -oP '(?<= NodeAddr=)\S+'
@@ -46,7 +46,7 @@ in_use() { # port
     (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
 
-# A port of the job's own, below the ephemeral ones: two jobs on one node must not meet.
+# A port derived from the job id, below the ephemeral range, so that two jobs on one node do not collide.
 choose_port() {
     local port try
     if [ -n "${MASTER_PORT:-}" ]; then
@@ -61,7 +61,7 @@ choose_port() {
     echo "$port"
 }
 
-# One rank a GPU, whatever was asked for; without GPUs the tasks that were asked for.
+# One rank per GPU, whatever --ntasks-per-node says; without GPUs, the requested tasks.
 choose_tasks() {
     local gpus=${SLURM_GPUS_ON_NODE:-0}
     NODES=$SLURM_JOB_NUM_NODES
@@ -73,7 +73,7 @@ choose_tasks() {
     ((CPUS > 0)) || CPUS=1
 }
 
-# A step of this job: every task runs slurm/task.sh on its node, in the container if there is one.
+# Runs a job step: every task runs slurm/task.sh on its node, inside the container if there is one.
 step() { # tasks-per-node cpus-per-task nodes mode arguments...
     local per_node=$1 cpus=$2 nodes=$3
     local -a flags inside=()
@@ -91,8 +91,8 @@ step() { # tasks-per-node cpus-per-task nodes mode arguments...
         "${inside[@]}" bash "$DISBACK_HOME/slurm/task.sh" "$@"
 }
 
-# Sets RUN and PROGRESS: the run's folder and its last checkpoint. Fails, with the reason in PROBLEM, if they cannot be told.
-look() {
+# Sets RUN (the run folder) and PROGRESS (its last checkpoint). On failure the reason is in PROBLEM.
+read_progress() {
     local word answer
     local -a overrides=()
     for word in "$@"; do [[ $word == [!-]*=* ]] && overrides+=("$word"); done
@@ -102,13 +102,13 @@ look() {
             return 1
         }
     answer=$(grep -m1 $'\t' <<<"$answer") || {
-        PROBLEM="the run's folder cannot be told"
+        PROBLEM="cannot determine the run folder"
         return 1
     }
     RUN=${answer%%$'\t'*} PROGRESS=${answer#*$'\t'}
 }
 
-# STALLED: how many starts in a row, this one included, have begun where the one before had begun.
+# STALLED: the number of consecutive starts, this one included, that began at the same checkpoint as the one before.
 count_starts() {
     local before
     STALLED=0
@@ -119,25 +119,25 @@ count_starts() {
     echo "$STALLED $PROGRESS" >"$DISBACK_JOB_FOLDER/start"
 }
 
-# Nodes that failed the start-up check twice, as Slurm wants them.
+# Nodes that failed the startup check twice, as a list for Slurm.
 bad_nodes() {
     sort "$DISBACK_JOB_FOLDER/bad-nodes" 2>/dev/null | uniq -c | awk '$1 >= 2 { print $2 }' | paste -sd,
 }
 
-# Ends this start if there must not be another by us: the user wants the job to end, or Slurm has requeued it already.
-may_go_on() { # reason
+# Exits unless this script should restart the job: not if the user cancelled it, or Slurm has requeued it already.
+exit_unless_restartable() { # reason
     local state starts
-    for _ in $(seq 12); do # Slurm's controller may be away for a minute
+    for _ in $(seq 12); do # the Slurm controller may be unreachable for a minute
         starts=$(job_field "$SLURM_JOB_ID" Restarts)
         [ -n "$starts" ] && break
         sleep 5
     done
     state=$(job_field "$SLURM_JOB_ID" JobState)
     if ((${starts:-0} > ${SLURM_RESTART_COUNT:-0})); then
-        say "job $SLURM_JOB_ID ($VERB): $1; Slurm itself has requeued it"
+        say "job $SLURM_JOB_ID ($VERB): $1; Slurm has already requeued it"
         exit $STOPPED
     fi
-    # While a job ends, Slurm shows COMPLETING in place of what has ended it.
+    # While a job ends, Slurm shows COMPLETING instead of what ended it.
     if [ "$state" = COMPLETING ]; then
         case $(job_field "$SLURM_JOB_ID" Reason) in
         TimeLimit) state=TIMEOUT ;;
@@ -146,31 +146,31 @@ may_go_on() { # reason
         esac
         [[ $(job_field "$SLURM_JOB_ID" PreemptTime) == [0-9]* ]] && state=PREEMPTED
     fi
-    [[ $state =~ ^(RUNNING|TIMEOUT|PREEMPTED|NODE_FAIL)$ ]] || give_up $STOPPED "$1; not started again, since the job is ${state:-gone}"
+    [[ $state =~ ^(RUNNING|TIMEOUT|PREEMPTED|NODE_FAIL)$ ]] || give_up $STOPPED "$1; not restarting, since the job is ${state:-gone}"
 }
 
-# The same job once more: by requeueing, or as a new job where a cluster forbids that.
-again() { # reason
+# Restarts the job: by requeueing it, or as a new job where the cluster forbids that.
+restart_job() { # reason
     local bad
-    may_go_on "$1"
-    # A job past its time limit starts no step any more, and may go on all the same.
-    look "${ARGUMENTS[@]}" || {
-        say "its progress cannot be told now ($PROBLEM)"
-        PROGRESS="progress not known"
+    exit_unless_restartable "$1"
+    # A job past its time limit cannot start another step, and restarts all the same.
+    read_progress "${ARGUMENTS[@]}" || {
+        say "cannot read the run's progress now ($PROBLEM)"
+        PROGRESS="progress unknown"
     }
-    may_go_on "$1" # that took seconds
+    exit_unless_restartable "$1" # reading the progress took seconds
     if [ "$PROGRESS" = "$STARTED_AT" ] && ((STALLED + 1 >= MAX_STALLED)); then
-        give_up 1 "given up after $MAX_STALLED starts without progress ($PROGRESS): $1"
+        give_up 1 "giving up after $MAX_STALLED starts without progress ($PROGRESS): $1"
     fi
     bad=$(bad_nodes)
-    [ -n "$bad" ] && say "job $SLURM_JOB_ID: leaving out $bad, which failed the check at the start twice"
-    say "job $SLURM_JOB_ID ($VERB): $1; starting again ($PROGRESS)"
-    trap '' USR1 TERM # requeueing ends this shell with SIGTERM: not before the nodes are left out
+    [ -n "$bad" ] && say "job $SLURM_JOB_ID: excluding $bad, which failed the startup check twice"
+    say "job $SLURM_JOB_ID ($VERB): $1; restarting ($PROGRESS)"
+    trap '' USR1 TERM # requeueing sends SIGTERM to this shell: the nodes must be excluded first
     if [ "$SELF_CHAIN" = 1 ]; then
         chain "$bad"
     elif ! scontrol requeue "$SLURM_JOB_ID" 2>/dev/null; then
-        may_go_on "$1"
-        say "job $SLURM_JOB_ID: this cluster does not let jobs be requeued: submitting a new one"
+        exit_unless_restartable "$1"
+        say "job $SLURM_JOB_ID: this cluster does not allow requeueing: submitting a new job"
         chain "$bad"
     elif [ -n "$bad" ]; then
         for _ in $(seq 20); do
@@ -181,9 +181,9 @@ again() { # reason
     exit $STOPPED
 }
 
-# Submits this job again, to begin when it has ended, and hangs what waits for it behind the new one. This one exits with a
-# code other than 0: a dependent that was overlooked is cancelled, not started too early.
-chain() { # nodes to leave out
+# Submits this job again, to start when this one has ended, and makes its dependents wait for the new job. This job exits
+# with a nonzero code, so that a dependent that was missed is cancelled instead of starting too early.
+chain() { # nodes to exclude
     local id=$SLURM_JOB_ID child new rule key option value log
     local -a flags=(--parsable --dependency="afterany:$id" --open-mode=append)
     log=$(job_field "$id" StdOut)
@@ -197,11 +197,11 @@ chain() { # nodes to leave out
     [ -n "${SLURM_MEM_PER_NODE:-}" ] && flags+=(--mem="$SLURM_MEM_PER_NODE")
     [ -n "$1" ] && flags+=(--exclude="$1")
     new=$(
-        for key in "${!SLURM_@}"; do [ "$key" = SLURM_CONF ] || unset "$key"; done # this job's; the new one gets its own
+        for key in "${!SLURM_@}"; do [ "$key" = SLURM_CONF ] || unset "$key"; done # they describe this job; the new job gets its own
         DISBACK_CHAIN=$CHAIN sbatch "${flags[@]}" "$DISBACK_HOME/slurm/$VERB.sh" "${ARGUMENTS[@]}"
-    ) || give_up 1 "cannot be submitted again (see above)"
+    ) || give_up 1 "cannot submit the job again (see above)"
     new=${new%%;*}
-    say "job $id ($VERB): goes on as job $new"
+    say "job $id ($VERB): continues as job $new"
     for child in $(dependents "$id"); do
         [ "$child" = "$new" ] && continue
         rule=$(job_field "$child" Dependency | sed -E 's/\([a-z]+\)//g; s/(^|[:,?])'"$id"'($|[:,?])/\1'"$new"'\2/g')
@@ -209,27 +209,27 @@ chain() { # nodes to leave out
     done
 }
 
-# Slurm's signal before the time limit, or that of a preemption. It may come while the step is not there yet.
+# Handles Slurm's signal before the time limit or a preemption. It may arrive before the step has started.
 stop_step() {
     ASKED=1
-    [ -n "$STEP" ] && [ -z "$BEAT" ] || return 0
-    say "job $SLURM_JOB_ID ($VERB): asked to stop: saving"
-    # Again and again: a rank that is only starting does not listen yet.
+    [ -n "$STEP" ] && [ -z "$SIGNALLER" ] || return 0
+    say "job $SLURM_JOB_ID ($VERB): stop requested, saving"
+    # Repeated, since a rank that is still starting ignores the signal.
     while kill -s "$STOP_SIGNAL" "$STEP" 2>/dev/null; do sleep 2; done &
-    BEAT=$!
+    SIGNALLER=$!
 }
 
 run_job() { # verb arguments...
     local code=0 module port folder
-    ASKED=0 STEP='' BEAT=''
+    ASKED=0 STEP='' SIGNALLER=''
     trap stop_step USR1 TERM
     VERB=$1
     shift
     ARGUMENTS=("$@")
     [ -n "${SLURM_JOB_ID:-}" ] || { say "submit this script with sbatch; without Slurm run: disback $VERB --config ..."; exit $MISTAKE; }
-    cd "${SLURM_SUBMIT_DIR:-.}" || give_up $MISTAKE "the folder that the job was submitted from is not there: $SLURM_SUBMIT_DIR"
+    cd "${SLURM_SUBMIT_DIR:-.}" || give_up $MISTAKE "the folder that the job was submitted from does not exist: $SLURM_SUBMIT_DIR"
     [ -f "$CONFIG" ] || [ ! -f "$DISBACK_HOME/$CONFIG" ] || CONFIG=$DISBACK_HOME/$CONFIG
-    [ -f "$CONFIG" ] || give_up $MISTAKE "CONFIG=$CONFIG: there is no such file in $PWD or $DISBACK_HOME"
+    [ -f "$CONFIG" ] || give_up $MISTAKE "CONFIG=$CONFIG: no such file in $PWD or $DISBACK_HOME"
     [[ $LAUNCHER =~ ^(srun|deepspeed|torchrun)$ ]] || give_up $MISTAKE "LAUNCHER=$LAUNCHER: use srun, deepspeed or torchrun"
     for module in $MODULES; do
         module load "$module" || give_up $MISTAKE "MODULES: module load $module failed"
@@ -237,21 +237,21 @@ run_job() { # verb arguments...
     choose_tasks
     CHAIN=${DISBACK_CHAIN:-$SLURM_JOB_ID}
     export PYTHONUNBUFFERED=1 DISBACK_HOME OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS < 8 ? CPUS : 8))}"
-    look "$@" || give_up $MISTAKE "$PROBLEM"
+    read_progress "$@" || give_up $MISTAKE "$PROBLEM"
     folder=$RUN/slurm/$CHAIN
     [[ $folder == /* ]] || folder=$PWD/$folder
     export DISBACK_JOB_FOLDER=$folder
-    mkdir -p "$folder" || give_up $MISTAKE "run folder $RUN: cannot be written: choose another with run=..."
+    mkdir -p "$folder" || give_up $MISTAKE "run folder $RUN is not writable: choose another with run=..."
     rm -f "$folder/exit"
     count_starts
     STARTED_AT=$PROGRESS
-    ((STALLED < MAX_STALLED)) || give_up 1 "given up after $MAX_STALLED starts without progress ($PROGRESS)"
+    ((STALLED < MAX_STALLED)) || give_up 1 "giving up after $MAX_STALLED starts without progress ($PROGRESS)"
 
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export DISBACK_NODES="${nodes[*]}" DISBACK_PEERS RANKS_PER_NODE
     DISBACK_PEERS=$(for node in "${nodes[@]:0:2}"; do address_of "$node"; done | paste -sd' ')
     port=$(choose_port) || exit $?
-    say "job $SLURM_JOB_ID ($VERB): $NODES nodes x $RANKS_PER_NODE ranks x $CPUS CPUs by $LAUNCHER, ${MASTER_ADDR:-${DISBACK_PEERS%% *}}:$port, $CONFIG, $PROGRESS"
+    say "job $SLURM_JOB_ID ($VERB): $NODES nodes x $RANKS_PER_NODE ranks x $CPUS CPUs with $LAUNCHER, ${MASTER_ADDR:-${DISBACK_PEERS%% *}}:$port, $CONFIG, $PROGRESS"
 
     MASTER_ADDR=${MASTER_ADDR:-${DISBACK_PEERS%% *}} MASTER_PORT=$port launch "$VERB" --config "$CONFIG" "$@" &
     STEP=$!
@@ -259,10 +259,10 @@ run_job() { # verb arguments...
     while :; do
         wait "$STEP"
         code=$?
-        # A signal ends `wait` as well as the step does.
+        # A signal to this shell also ends `wait`.
         if ((code <= 128)) || ! kill -0 "$STEP" 2>/dev/null; then break; fi
     done
-    [ -n "$BEAT" ] && kill "$BEAT" 2>/dev/null
+    [ -n "$SIGNALLER" ] && kill "$SIGNALLER" 2>/dev/null
     conclude "$code"
 }
 
@@ -275,15 +275,15 @@ launch() {
 }
 
 conclude() { # code of the step
-    local code=$1 message="the step ended with code $1" killed
+    local code=$1 message="the step exited with code $1" killed
     if ((code == 0)); then
         say "job $SLURM_JOB_ID ($VERB): done"
         exit 0
     fi
     killed=$(tac "$(job_field "$SLURM_JOB_ID" StdOut)" 2>/dev/null | sed '/ ranks x /q' | grep -oP '^srun: error: \K.*: (Killed|Out Of Memory)' | tail -n 1)
     [ -n "$killed" ] && message="a rank was killed ($killed)"
-    # What the first rank to end said is the cause; the step's code may be that of ranks that were killed for it.
+    # The first rank to exit recorded the cause; the step's own code may come from ranks that were killed afterwards.
     [ -s "$DISBACK_JOB_FOLDER/exit" ] && read -r code message <"$DISBACK_JOB_FOLDER/exit"
     ((code == MISTAKE)) && give_up $MISTAKE "$message"
-    again "$message"
+    restart_job "$message"
 }

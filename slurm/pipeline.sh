@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submits record -> backtrack -> evaluate; each begins when the one before has succeeded, and is cancelled when it failed.
-#   bash slurm/pipeline.sh [sbatch's options] [key.sub=value ...]        CONFIG=configs/sdxl.yaml and the like by environment
+# Submits record -> backtrack -> evaluate. Each job starts when the one before has succeeded, and is cancelled if it fails.
+#   CONFIG=my.yaml bash slurm/pipeline.sh [sbatch options] [key.sub=value ...]        (default: configs/sdxl.yaml)
 set -euo pipefail
 DISBACK_HOME=${DISBACK_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
 export DISBACK_HOME CONFIG="${CONFIG:-configs/sdxl.yaml}"
 if [ ! -f "$CONFIG" ] && [ ! -f "$DISBACK_HOME/$CONFIG" ]; then
-    echo "disback: CONFIG=$CONFIG: there is no such file in $PWD or $DISBACK_HOME" >&2
+    echo "disback: CONFIG=$CONFIG: no such file in $PWD or $DISBACK_HOME" >&2
     exit 2
 fi
 command -v sbatch >/dev/null || { echo "disback: sbatch is not on PATH: run this on a login node of a Slurm cluster" >&2; exit 2; }

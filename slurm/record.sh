@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1: records the degradation path; writes RUN/path.
-#   sbatch [Slurm's options] slurm/record.sh [key.sub=value ...]
-# All of these can be given to sbatch instead; --gpus-per-node=0 runs on CPUs. slurm/README.md tells the rest.
+#   sbatch [sbatch options] slurm/record.sh [key.sub=value ...]
+# sbatch options override the defaults below; --gpus-per-node=0 runs on CPUs. More in slurm/README.md.
 #SBATCH --job-name=disback-record
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -14,13 +14,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# Slurm runs a copy of this script from its spool folder: the repository is where the job says that the script was.
+# Slurm runs a copy of this script from its spool folder, so the repository is found from the path that was submitted.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -nE 's|^ *Command=(.*)/slurm/[^/ ]+\.sh.*|\1|p')
 for DISBACK_HOME in "${DISBACK_HOME:-}" "$submitted" "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.." "$(dirname "$0")/.."; do
     [ -f "$DISBACK_HOME/slurm/common.sh" ] && break
 done
 # shellcheck source=slurm/common.sh
-source "$DISBACK_HOME/slurm/common.sh" || { echo "disback: the repository is not found: set DISBACK_HOME" >&2; exit 2; }
+source "$DISBACK_HOME/slurm/common.sh" || { echo "disback: cannot find the repository: set DISBACK_HOME" >&2; exit 2; }
 # shellcheck disable=SC2034
 STOP_SIGNAL=USR1
 run_job record "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One task of a step, on its node and in its container: chooses Python, checks it, and becomes the rank or its launcher.
+# Runs one task of a job step, inside the container if there is one: finds and checks Python, then execs the rank or launcher.
 # Usage: task.sh status|srun|deepspeed|torchrun ARGUMENTS...
 set -u
-trap '' USR1 # until the trainer listens for it; ignoring is inherited, dying of it would lose the step
+trap '' USR1 # ignored (and inherited) until the trainer installs its handler; dying of it would end the whole step
 
 fail() {
     if [ -n "${DISBACK_JOB_FOLDER:-}" ]; then
-        (set -o noclobber && echo "2 $1" >"$DISBACK_JOB_FOLDER/exit") 2>/dev/null # the first to end is heard
+        (set -o noclobber && echo "2 $1" >"$DISBACK_JOB_FOLDER/exit") 2>/dev/null # only the first task to exit writes it
     fi
     [ "${SLURM_LOCALID:-0}" = 0 ] && echo "disback: $1" >&2
     exit 2
@@ -16,19 +16,19 @@ node=${SLURMD_NODENAME:-$(hostname)}
 if [ -n "${DISBACK_SETUP:-}" ]; then
     [ -r "$DISBACK_SETUP" ] || fail "node $node: DISBACK_SETUP=$DISBACK_SETUP cannot be read"
     # shellcheck disable=SC1090
-    source "$DISBACK_SETUP" || fail "node $node: DISBACK_SETUP=$DISBACK_SETUP ended with code $?"
+    source "$DISBACK_SETUP" || fail "node $node: DISBACK_SETUP=$DISBACK_SETUP failed with code $?"
 fi
 venv=${VENV:-$DISBACK_HOME/.venv}
 if [ -n "${VENV:-}" ] && [ ! -x "$venv/bin/python" ]; then fail "node $node: VENV=$VENV has no bin/python"; fi
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$venv/bin/python" ]; then PYTHON=$venv/bin/python; else PYTHON=python3; fi
 fi
-command -v "$PYTHON" >/dev/null || fail "node $node: $PYTHON is not there: set VENV or PYTHON"
+command -v "$PYTHON" >/dev/null || fail "node $node: $PYTHON not found: set VENV or PYTHON"
 export PYTHONPATH=$DISBACK_HOME${PYTHONPATH:+:$PYTHONPATH}
 
-lacks='import importlib.util as u; print(*[m for m in ("yaml", "torch", "deepspeed", "diffusers") if not u.find_spec(m)])'
-lacks=$("$PYTHON" -c "$lacks" 2>&1) || fail "node $node: $PYTHON does not start: ${lacks##*$'\n'}"
-[ -z "$lacks" ] || fail "node $node: $PYTHON lacks ${lacks// /, }: choose an environment with VENV, DISBACK_SETUP or CONTAINER"
+missing='import importlib.util as u; print(*[m for m in ("yaml", "torch", "deepspeed", "diffusers") if not u.find_spec(m)])'
+missing=$("$PYTHON" -c "$missing" 2>&1) || fail "node $node: $PYTHON fails to start: ${missing##*$'\n'}"
+[ -z "$missing" ] || fail "node $node: $PYTHON is missing ${missing// /, }: choose an environment with VENV, DISBACK_SETUP or CONTAINER"
 
 mode=$1
 shift
@@ -42,7 +42,7 @@ torchrun)
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --max-restarts 0 -m "$module" "$@"
     ;;
 deepspeed)
-    # The launcher numbers GPUs itself: give it those that Slurm gave this task, where they are numbers.
+    # The launcher numbers the GPUs itself: pass it the ids that Slurm assigned, if they are numbers.
     ids=${CUDA_VISIBLE_DEVICES:-}
     [[ $ids =~ ^[0-9]+(,[0-9]+)*$ ]] || ids=$(seq -s, 0 $((RANKS_PER_NODE - 1)))
     world=

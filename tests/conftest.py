@@ -1,12 +1,15 @@
-"""Fixtures, built on the fly and once a session: shards, a tiny teacher, its path."""
+"""Fixtures that are built once: shards, a tiny teacher and its paths. The workers of pytest-xdist share them."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads: child processes have one, too
 
 import pytest
 import torch
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from filelock import FileLock
 
 from models.miniature import build_miniature
 from models.settings import MiniatureSettings
@@ -19,9 +22,15 @@ from trainer.training.run import Run
 LINEAR = torch.nn.functional.linear
 
 
+def pytest_sessionfinish() -> None:
+    from support import end_ranks
+
+    end_ranks()
+
+
 @pytest.fixture(autouse=True)
 def own_linear():
-    """ZeRO-3 puts its own in its place for the whole process. That one rounds otherwise: a later test would not have the
+    """ZeRO-3 replaces this function in the whole process by one that rounds differently: a later test would not have the
     bits of the process that it is compared with."""
     torch.nn.functional.linear = LINEAR
     yield
@@ -35,12 +44,33 @@ def world() -> World:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """A root folder with the digits' shards."""
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function that builds something once for all workers: shared(name, build) calls build(root) unless a worker has
+    done so, and returns the common root. Nobody writes there afterwards."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root /= "shared"
+    root.mkdir(exist_ok=True)
+
+    def once(name: str, build: Callable[[Path], object]) -> Path:
+        done = root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                build(root)
+                done.touch()
+        return root
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def shards(shared, tmp_path_factory) -> Path:
+    """This worker's root folder: the digits' shards, and the runs of its tests."""
     from data.digits import build_digits
 
     root = tmp_path_factory.mktemp("root")
-    build_digits(root / "shards")
+    shutil.copytree(shared("shards", lambda common: build_digits(common / "shards")) / "shards", root / "shards")
     return root
 
 
@@ -54,20 +84,32 @@ def pipeline(shards) -> Path:
 
 
 @pytest.fixture(scope="session")
-def root(shards, world) -> Path:
-    """A root folder with shards, and a run `base` that has a tiny pipeline and a recorded path of three nodes."""
+def root(shared, shards, world) -> Path:
+    """`shards`, with a run `base` that has a tiny pipeline and a recorded path of three nodes."""
     from support import tiny
 
-    settings = tiny(shards, "base", "record.nodes=3")
-    pretrain(Run(settings, world))
-    record(Run(settings, world))
+    def build(common: Path) -> None:
+        run = Run(tiny(common, "base", "record.nodes=3"), world)
+        pretrain(run)
+        record(run)
+
+    shutil.copytree(shared("base", build) / "base", shards / "base")
     return shards
 
 
+@pytest.fixture
+def teacher(root) -> Path:
+    """The weights folder of the shared teacher's UNet."""
+    return root / "base" / "pipeline" / "unet"
+
+
 @pytest.fixture(scope="session")
-def lora_path(root, world) -> Path:
+def lora_path(shared, root, world) -> Path:
     """A path of LoRA nodes of the shared teacher, recorded by one process."""
     from support import RECORDING, lora, tiny
 
-    record(Run(tiny(root, "lora-base", *RECORDING, *lora(root)), world))
+    def build(common: Path) -> None:
+        record(Run(tiny(common, "lora-base", *RECORDING, *lora(common)), world))
+
+    shutil.copytree(shared("lora-base", build) / "lora-base", root / "lora-base")
     return root / "lora-base" / "path"

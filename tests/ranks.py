@@ -1,6 +1,10 @@
-"""Scenarios for several processes; started by torchrun from the tests. Usage: ranks.py SCENARIO ROOT."""
+"""Scenarios for several ranks. `ranks.py SCENARIO ROOT` runs one; `ranks.py` reads more lines of this kind from stdin and
+answers "done" to each (support.ranks)."""
 
 import dataclasses
+import itertools
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,19 +12,17 @@ import support
 import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
-from ranks_elastic import elastic_load, elastic_save, limited  # noqa: F401 (found by name)
+from ranks_elastic import elastic_load, elastic_save, write_failure  # noqa: F401 (found by name)
 
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
-from models.conditioning import Conditioning
-from models.denoise import predict
 from models.pipeline import WEIGHTS_FILE, empty_network, load_network
 from trainer.config.deepspeed import deepspeed_config
 from trainer.distributed.logs import no_progress_bars
-from trainer.distributed.world import barrier, finish, start
+from trainer.distributed.world import World, barrier, finish, start
 from trainer.engine.role import Role
 from trainer.path.target import ReadAhead
-from trainer.record import record
-from trainer.training.run import Run
+
+LINEAR = torch.nn.functional.linear
 
 
 def parity(root, world):
@@ -33,63 +35,57 @@ def parity(root, world):
 
 
 def resume(root, world):
-    """At ZeRO 2 and 3: a whole run, and one that is stopped twice, by a signal to one rank only."""
-    for stage in ("zero2", support.sharded_zero3(root / "resume")):
-        label, flags = Path(stage).stem, support.zero(stage)
+    """At ZeRO 2 and 3: a whole run, and one that a signal to rank 1 stops, that then ends because rank 1 cannot write its
+    files, and that is started again."""
+    out, loop = root / "resume", ("backtrack.loop.save_every=1", "backtrack.loop.sample_every=0")
+    for stage in ("zero2", support.sharded_zero3(out)):
+        label, flags = Path(stage).stem, (*loop, *support.zero(stage))
         whole = support.backtrack_weights(support.single(root, f"whole-{label}", world, *flags))
-        support.save(whole, root / "resume" / f"whole-{label}.pt", world)
+        support.save(whole, out / f"whole-{label}.pt", world)
         run = support.single(root, f"parts-{label}", world, *flags)
         assert support.backtrack_weights(run, signal_at=(3,), signal_rank=1) is None
-        assert support.backtrack_weights(run, signal_at=(6,), signal_rank=0) is None
-        support.save(support.backtrack_weights(run), root / "resume" / f"parts-{label}.pt", world)
+        message = write_failure(run, step=6, rank=1)
+        names = sorted(p.name for p in (run.folder / "backtrack" / "checkpoints").iterdir())
+        assert names == ["step-00000004", "step-00000005"], names  # nothing half written stays
+        messages = [None] * world.size
+        dist.all_gather_object(messages, message)
+        if world.main:
+            (out / f"messages-{label}.json").write_text(json.dumps(messages))
+        support.save(support.backtrack_weights(run), out / f"parts-{label}.pt", world)
 
 
 def poison(root, world):
     """A gradient that is not finite, on one rank of two."""
-    from test_health import poisoned
-
     for stage in ("zero0", "zero2"):
         run = support.single(root, f"poison-{stage}", world, *support.zero(stage), "backtrack.steps=4")
-        support.save(poisoned(run, (1,), rank=1), root / "poison" / f"{stage}.pt", world)
+        support.save(support.poisoned(run, (1,), rank=1), root / "poison" / f"{stage}.pt", world)
 
 
 def gan(root, world):
     """Backtracking with the GAN term: shared passes and passes of its own."""
-    from test_gan import GAN_STAGES, gan_flags
-
     sharded = support.sharded_zero3(root / "gan")
-    for shared, labels in GAN_STAGES.items():
+    for shared, labels in support.GAN_STAGES.items():
         for label in labels:
             stage = sharded if label == "sharded" else label
-            run = support.single(root, f"gan-{label}-{shared}", world, *gan_flags(shared), *support.zero(stage))
+            run = support.single(root, f"gan-{label}-{shared}", world, *support.gan_flags(shared), *support.zero(stage))
             support.save(support.backtrack_weights(run), root / "gan" / f"{label}-{shared}.pt", world)
 
 
-def recording(root, world):
-    """Stage 1 with two ranks at sharded ZeRO-3."""
-    stage = support.sharded_zero3(root / "recording")
-    flags = (f"record.ds_config={stage}", f"record.teacher_ds_config={stage}", f"path={root / 'recording' / 'two'}")
-    record(Run(support.tiny(root, "recording-two", *support.RECORDING, *flags), world))
-
-
-def lora(root, world):
-    """LoRA with two ranks and the GAN term at sharded ZeRO-3, stopped and resumed."""
-    run = support.single(root, "lora-two", world, *support.lora_gan(root, support.sharded_zero3(root / "lora")))
-    assert support.backtrack_weights(run, signal_at=(2,), signal_rank=1) is None
-    support.save(support.backtrack_weights(run), root / "lora" / "sharded.pt", world)
-
-
 def everything(root, world):
-    """Adapters, GAN term, recomputed activations, accumulation and clipping at once, at every ZeRO stage; four ranks are
-    two nodes of two, and at ZeRO 3 the teacher is sharded within each."""
+    """Adapters, GAN term, recomputed activations, accumulation and clipping at once. Two ranks: at every ZeRO stage, at
+    ZeRO 3 stopped and resumed. Four ranks are two nodes of two: optimizer states in four pieces at ZeRO 2, and at ZeRO 3
+    the teacher is sharded within each node."""
     out, two_nodes = root / "everything", world.size == 4
     world = dataclasses.replace(world, local_rank=world.rank % 2)
     within = support.zero3_config(out / "within.json", shard_within_node=True)
-    for stage in (*support.STAGES[:-1], support.sharded_zero3(out)):
+    sharded = support.sharded_zero3(out)
+    for stage in ("zero2", sharded) if two_nodes else (*support.STAGES[:-1], sharded):
         label, flags = f"{Path(stage).stem}-{world.size}", support.everything(root, stage)
-        if two_nodes and stage not in support.STAGES:
+        if two_nodes and stage == sharded:
             flags += (f"backtrack.teacher_ds_config={within}",)
         run = support.single(root, f"everything-{label}", world, *flags)
+        if stage == sharded and not two_nodes:
+            assert support.backtrack_weights(run, signal_at=(1,), signal_rank=1) is None
         support.save(support.backtrack_weights(run), out / f"{label}.pt", world)
     if not two_nodes:
         return
@@ -106,13 +102,8 @@ def switches(root, world):
     survive it."""
     path, teacher = root / "base" / "path", root / "base" / "pipeline" / "unet"
     folders = [teacher, *(path / f"node-{i:04d}" for i in (1, 2, 3))]
-    generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(2, 4, 4, 4, generator=generator), torch.tensor([10, 700])
-    cond = Conditioning(
-        torch.randn(2, 16, 16, generator=generator), torch.randn(2, 16, generator=generator), torch.ones(2, 6)
-    )
-    with torch.no_grad():
-        expected = [predict(load_network(folder).eval(), x, t, cond) for folder in folders]
+    expected = [support.prediction(load_network(folder).eval()) for folder in folders]
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in itertools.combinations(expected, 2))
     for threshold in (0, 20, 300, 10**9):
         file = support.zero3_config(root / "switches" / f"threshold-{threshold}.json", threshold)
         config = deepspeed_config(file, 2, 1, 0.0, "fp32", world.size)
@@ -124,8 +115,7 @@ def switches(root, world):
             reader.written()
             reader.begin(folders[(step + (1 if step % 3 else 2)) % 4])  # right two times of three
             for _ in range(step % 3):
-                with torch.no_grad():
-                    assert torch.allclose(predict(role, x, t, cond), expected[node], atol=1e-6), (threshold, step)
+                assert torch.allclose(support.prediction(role), expected[node], **support.ROUNDING), (threshold, step)
         reader.close()
 
 
@@ -154,12 +144,21 @@ def loading(root, world):
     assert (peak_bytes() - before) / size > 0.9  # the measure sees what is held
 
 
+def run(scenario: str, root: Path, world: World) -> None:
+    if world.main:
+        (root / scenario).mkdir(exist_ok=True)
+    barrier(world)
+    globals()[scenario](root, world)
+    torch.nn.functional.linear = LINEAR  # see conftest.own_linear
+
+
 if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed goes to the log
     no_progress_bars()
     everyone = start()
-    scenario, folder = sys.argv[1], Path(sys.argv[2])
-    if everyone.main:
-        (folder / scenario).mkdir(exist_ok=True)
-    barrier(everyone)
-    globals()[scenario](folder, everyone)
+    for line in [" ".join(sys.argv[1:])] if len(sys.argv) > 1 else sys.stdin:
+        scenario, folder = line.strip().split(" ", 1)
+        run(scenario, Path(folder), everyone)
+        print("done", file=answers, flush=True)
     finish()

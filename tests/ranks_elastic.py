@@ -1,18 +1,14 @@
-"""Scenarios of checkpoints that another number of processes goes on with, or that one of them cannot write; ranks.py runs
-them."""
+"""Scenarios of checkpoints that another number of processes continues, or that one rank cannot write; ranks.py runs them."""
 
-import json
 import os
 import resource
 import signal
 
 import support
-import torch.distributed as dist
 
-from trainer.distributed.world import barrier
 from trainer.errors import Stopped, UserError
 from trainer.pretrain import Pretraining
-from trainer.record import Recording
+from trainer.record import Recording, record
 from trainer.training.loop import train
 from trainer.training.run import Run
 
@@ -73,10 +69,10 @@ class Signalled:
 
     stop_at = 0
 
-    def update(self, step, meters, until_log):
+    def update(self, step):
         if step + 1 == self.stop_at and self.world.main:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return super().update(step, meters, until_log)
+        return super().update(step)
 
 
 class SignalledRecording(Signalled, Recording):
@@ -104,6 +100,11 @@ def stop_recording(root, name, world, flags, at):
     _stop(SignalledRecording(run), at)
 
 
+def recording_flags(root, name):
+    """The probe has 7 samples, which two ranks cannot share evenly."""
+    return (*support.RECORDING, "record.probe=7", f"path={root / 'elastic-paths' / name}")
+
+
 def pretraining(root, name, world):
     start = root / "base" / "pipeline"
     flags = (f"pretrain.start={start}", "pretrain.ema=0.5", "pretrain.optimizer={lr: 1e-3, eps: 1e-4}")
@@ -118,8 +119,7 @@ def elastic_save(root, world):
         stop_training(root, f"two-{stage}", world, stage, 3)
     stop_training(root, "two-bf16", world, "sharded", 3, "precision=bf16")
     stop_training(root, "there-and-back", world, "zero2", 3)
-    flags = (*support.RECORDING, "record.probe=7", f"path={root / 'elastic_save' / 'parts'}")
-    stop_recording(root, "recording-parts", world, flags, 5)
+    stop_recording(root, "recording-parts", world, recording_flags(root, "parts"), 3)
     _stop(pretraining(root, "pretraining-parts", world), 5)
 
 
@@ -128,38 +128,28 @@ def elastic_load(root, world):
     for name in ("one-zero0", "one-zero1", "one-zero2", "one-sharded", "there-and-back"):
         run = elastic_run(root, name, world, name.removeprefix("one-") if name.startswith("one-") else "zero2")
         support.save(support.backtrack_weights(run), root / "elastic_load" / f"{name}.pt", world)
+    sharded = support.sharded_zero3(root / "elastic_load")
+    flags = (f"record.ds_config={sharded}", f"record.teacher_ds_config={sharded}")
+    record(Run(support.tiny(root, "recording-parts", *recording_flags(root, "parts"), *flags), world))
 
 
-class Limited(support.Interrupted):
-    """Rank 1 may write no large file from step 2 on."""
+class CannotWrite(support.Interrupted):
+    """One rank may write no file of more than 10 kB from a step on."""
 
-    def update(self, step, meters, until_log):
-        if step == 1 and self.world.rank == 1:
+    step_limit = rank_limit = 0
+
+    def update(self, step):
+        if step + 1 == self.step_limit and self.world.rank == self.rank_limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-        return super().update(step, meters, until_log)
+        return super().update(step)
 
 
-def limited(root, world):
-    """A save that one rank of two cannot finish, and the run that goes on behind it."""
-    out = root / "limited"
-    loop = ("backtrack.steps=4", "backtrack.loop.save_every=1", "backtrack.loop.sample_every=0")
-    for stage in ("zero1", "sharded"):
-        config = support.sharded_zero3(out) if stage == "sharded" else stage
-        flags = (*loop, *support.zero(config))
-        support.save(
-            support.backtrack_weights(support.single(root, f"unlimited-{stage}", world, *flags)),
-            out / f"whole-{stage}.pt",
-            world,
-        )
-        run, told = support.single(root, f"limited-{stage}", world, *flags), [None, None]
-        try:
-            support.backtrack_weights(run, Limited)
-        except UserError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            dist.all_gather_object(told, str(error))
-        names = [p.name for p in (run.folder / "backtrack" / "checkpoints").iterdir()]
-        assert names == ["step-00000001"], names
-        if world.main:
-            (out / f"told-{stage}.json").write_text(json.dumps(told))
-        barrier(world)
-        support.save(support.backtrack_weights(run), out / f"limited-{stage}.pt", world)
+def write_failure(run, step, rank):
+    """Backtracking whose save at `step` one rank cannot write; returns this rank's error message."""
+    try:
+        support.backtrack_weights(run, CannotWrite, step_limit=step, rank_limit=rank)
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    raise AssertionError("the save did not fail")

@@ -1,16 +1,24 @@
-"""What several tests and the worker processes share: a tiny run, trained through the real stages."""
+"""What several tests and the rank processes share: tiny runs, trained through the real stages, and ways to start a verb."""
 
+import contextlib
+import io
 import json
 import os
+import selectors
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.conditioning import Conditioning
+from models.denoise import predict
+from trainer import cli
 from trainer.backtrack import Backtracking
 from trainer.config.load import load_settings
 from trainer.config.schema import RunSettings
@@ -34,11 +42,17 @@ TIMES = {
 ALIKE = ("loss/fake_score", "mismatch", "grad_norm/generator", "grad_norm/fake_score", "lr/generator")
 STAGES = ("zero0", "zero1", "zero2", "sharded")  # the last is `sharded_zero3`
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
+# Two programs that compute the same (one process and two, a bare network and a wrapped one, a whole batch and its parts)
+# may sum in another order: their outputs agree to a few units of float32's last place. Only the same program run twice,
+# resumed runs included, has the same bits.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}  # for values of order 1
 # AdamW divides by the square root of tiny second moments: sign noise of the last bit would grow to a whole step.
 EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.optimizer.eps=1e-4")
 # Everything that could go wrong over ranks: two fake updates a turn, accumulation, clipping that bites, guidance.
 PARITY = (*EPS, "backtrack.accumulation=2", "backtrack.fake_updates=2", "backtrack.clip=0.05", "backtrack.steps=8")
 RECORDING = (*EPS, "record.nodes=3", "record.clip=0.05", "record.accumulation=2")
+GAN = ("gan.enabled=true", "gan.generator_weight=0.5", "gan.head_weight=0.5")  # weights that leave a mark in few steps
+GAN_STAGES = {True: ("zero0", "zero2", "sharded"), False: ("sharded",)}  # by shared_pass
 # LoRA in place of whole networks; alpha / rank is not 1, so that forgetting it shows.
 LORA = ("lora.rank=4", "lora.alpha=2", "record.optimizer.lr=2e-3")
 LORA += ("backtrack.generator.lr=1e-3", "backtrack.fake_score.lr=1e-3")
@@ -56,8 +70,14 @@ def lora_gan(root: Path, stage: str) -> tuple[str, ...]:
 
 def everything(root: Path, stage: str) -> tuple[str, ...]:
     """Overrides of a run with adapters, the GAN term, accumulation, clipping and recomputed activations at once."""
-    few = ("backtrack.fake_updates=1", "backtrack.steps=2", "backtrack.loop.sample_every=0")
+    few = ("backtrack.fake_updates=1", "backtrack.steps=3", "backtrack.loop.sample_every=0")
     return (*lora_gan(root, stage), "network.checkpointing=true", *few)
+
+
+def gan_flags(shared: bool) -> tuple[str, ...]:
+    """Overrides of a run with the GAN term: shared passes with a two-step student in pieces, or its own with the walk."""
+    student = ("backtrack.student_timesteps=[999, 499]", "backtrack.path=none", "backtrack.generator_split=2")
+    return *PARITY, *GAN, "backtrack.steps=4", *(student if shared else ("gan.shared_pass=false",))
 
 
 def places(root: Path, name: str) -> list[str]:
@@ -103,10 +123,10 @@ class Interrupted(Backtracking):
     signal_at: tuple[int, ...] = ()
     signal_rank = 0
 
-    def update(self, step, meters, until_log):
+    def update(self, step):
         if step + 1 in self.signal_at and self.world.rank == self.signal_rank:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return super().update(step, meters, until_log)
+        return super().update(step)
 
 
 def backtrack_weights(run: Run, kind: type[Interrupted] = Interrupted, **trouble: object) -> dict[str, Tensor] | None:
@@ -124,9 +144,38 @@ def backtrack_weights(run: Run, kind: type[Interrupted] = Interrupted, **trouble
     for name in ("generator", "fake_score"):
         state = stage.roles[name].state_dict()
         weights |= {f"{name}.{k}": v.float() for k, v in (state or {}).items()}
-    with stage.generator.averaged(stage.ema):
+    with stage.average.applied():
         state = stage.generator.state_dict()
     return weights | {f"ema.{k}": v.float() for k, v in (state or {}).items()}
+
+
+class Poisoned(Interrupted):
+    """Backtracking whose gradient on x0 is not finite in chosen steps, on one rank only."""
+
+    bad_steps: tuple[int, ...] = ()
+    bad_rank = 0
+
+    def update(self, step):
+        if step in self.bad_steps and self.world.rank == self.bad_rank:
+            objective, self.objective = self.objective, lambda scores: torch.full_like(scores.x0, float("nan"))
+            try:
+                return super().update(step)
+            finally:
+                self.objective = objective
+        return super().update(step)
+
+
+def poisoned(run, steps, rank=0):
+    return backtrack_weights(run, kind=Poisoned, bad_steps=steps, bad_rank=rank)
+
+
+def prediction(net: torch.nn.Module) -> Tensor:
+    """A tiny UNet's prediction on fixed inputs."""
+    rng = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([10, 700])
+    states, pooled = torch.randn(2, 16, 16, generator=rng), torch.randn(2, 16, generator=rng)
+    with torch.no_grad():
+        return predict(net, x, t, Conditioning(states, pooled, torch.ones(2, 6))).clone()
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -158,17 +207,70 @@ def environment() -> dict[str, str]:
 
 
 def verb(name: str, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-    """Runs `disback NAME ...` as a user does."""
-    call = [sys.executable, "-m", "trainer.cli", name, *arguments]
-    return subprocess.run(call, capture_output=True, text=True, env=environment() | env, cwd=cwd, timeout=600)
+    """Runs `disback NAME ...` as a user does. A process of its own costs about 8 s of CPU: see `call`."""
+    command = [sys.executable, "-m", "trainer.cli", name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment() | env, cwd=cwd, timeout=600)
 
 
-def ranks(scenario: str, root: Path, ranks: int = 2, **env: str) -> None:
-    """Runs a scenario of tests/ranks.py in two processes, or more; raises with their output if it fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    call = [*launcher, str(REPOSITORY / "tests" / "ranks.py"), scenario, str(root)]
-    done = subprocess.run(call, capture_output=True, text=True, env=environment() | env, timeout=800)
+def call(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`verb` in this process. Not for what ends the process or stops on a signal."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([name, *arguments])
+    return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
+
+
+RANKS = REPOSITORY / "tests" / "ranks.py"
+_ranks: list[tuple[subprocess.Popen, io.IOBase]] = []  # two processes that wait for a scenario, and their logs
+
+
+def ranks(scenario: str, root: Path) -> None:
+    """Runs a scenario of tests/ranks.py on two ranks, in processes that stay for the next one: starting them costs 20 s of
+    CPU. Raises with their output if it fails."""
+    if not _ranks:
+        port = str(free_port())
+        for rank in ("0", "1"):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (end_ranks closes it)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            process = subprocess.Popen([sys.executable, str(RANKS)], env=environment() | env, text=True, **pipes)
+            _ranks.append((process, log))
+    with selectors.DefaultSelector() as answers:
+        for process, _ in _ranks:
+            print(scenario, root, file=process.stdin, flush=True)
+            answers.register(process.stdout, selectors.EVENT_READ)
+        while answers.get_map():
+            for key, _ in answers.select():
+                if key.fileobj.readline() != "done\n":  # a rank has failed, and the other may wait for it
+                    raise AssertionError(end_ranks())
+                answers.unregister(key.fileobj)
+
+
+def end_ranks() -> str:
+    """Ends the two processes; returns the end of what they wrote."""
+    output = ""
+    for rank, (process, log) in enumerate(_ranks):
+        process.kill()
+        process.communicate()
+        log.seek(0)
+        output += f"rank {rank}:\n{log.read()[-8000:]}\n"
+        log.close()
+    _ranks.clear()
+    return output
+
+
+def torchrun(scenario: str, root: Path, size: int, **env: str) -> None:
+    """Runs a scenario of tests/ranks.py in processes of its own, started as users start them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command = [*launcher, str(RANKS), scenario, str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment() | env, timeout=800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def single(root: Path, name: str, world: World, *overrides: str) -> Run:

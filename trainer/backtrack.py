@@ -6,46 +6,155 @@ A step is one fake-score update. Every `fake_updates`-th step begins with a gene
                                             x0.detach() -> fake-score step
 """
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.reader import Batch
-from data.sampling_order import Split
+from data.loader import Batch
 from models.conditioning import Conditioning
 from models.denoise import denoising_loss, predict, predict_guided
-from models.ema import Ema
 from models.gan import Discriminator, feature_module
 from models.metrics import spread
 from models.multistep import Student
+from models.noise import Draws
 from models.objectives import OBJECTIVES, Scores
 from models.pipeline import empty_network
-from models.profile_flops import forward_flops, judging_flops
-from trainer.checkpoint.directory import WEIGHTS
-from trainer.checkpoint.reshard_state import redeal
+from models.profile import pass_flops
+from trainer.checkpoint.directory import CheckpointDirectory
+from trainer.config.schema import BacktrackSettings
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier, mean_over_ranks
-from trainer.engine.optimizer import learning_rate
-from trainer.entry import run_verb
+from trainer.engine.save_weights import Snapshot
+from trainer.entry import exit_with, run_verb
 from trainer.errors import UserError
 from trainer.export import export_generator
-from trainer.path.manifest import open_path
-from trainer.path.target import Target, merge_walks
-from trainer.planner.flops import step_flops, trained_pass
-from trainer.training.gan import Adversary
+from trainer.path.manifest import DegradationPath, open_path
+from trainer.path.target import Target
+from trainer.planner.flops import backtrack_flops
+from trainer.training.average import WeightAverage
+from trainer.training.gan import GanTerm
 from trainer.training.loop import train
-from trainer.training.metrics import Meters
+from trainer.training.preview import preview_grid
+from trainer.training.reused import ReusedSamples
 from trainer.training.run import Run
-from trainer.training.stage import TrainStage
+from trainer.training.stage import Stage
 
 
-class Backtracking(TrainStage):
+class Backtracking(Stage):
+    """Distils the generator toward the nodes of the path, in reverse, ending at the teacher. The step comes first; how the
+    roles are built follows below."""
+
+    def update(self, step: int) -> None:
+        turn = step % self.settings.fake_updates == 0  # of the generator
+        if turn:
+            self.target.move(step // self.settings.fake_updates)
+            self.reused.clear()
+        rates, mismatches = self.rates(step), []
+        for part, batch in enumerate(self.micro_batches()):
+            draws = self.noise.at(step, batch.index)
+            if turn:
+                x0, cond, mismatch = self.update_generator(batch, draws, rates["generator"])
+                mismatches.append(mismatch)
+            elif self.settings.reuse_x0:
+                x0, cond = self.reused[part]
+            else:
+                cond = self.encode(batch)
+                with torch.no_grad():
+                    x0 = self.generate(cond, draws)
+            self.update_fake_score(x0, cond, batch, draws, rates["fake_score"])
+        if turn:
+            self.average.update()
+            self.target.observe(step // self.settings.fake_updates, torch.stack(mismatches).mean())
+
+    def update_generator(self, batch: Batch, draws: Draws, rate: float) -> tuple[Tensor, Conditioning, Tensor]:
+        """A micro-batch of the generator's update, in `generator_split` pieces; returns its samples, detached, their
+        conditioning and the mismatch on them."""
+        # Encoded whole: the last bit of a text state depends on its batch.
+        cond = self.encode(batch)
+        size, samples, mismatches = self.micro // self.settings.generator_split, [], []
+        for rows in (slice(low, low + size) for low in range(0, self.micro, size)):
+            piece = cond.map(lambda value, rows=rows: value[rows])
+            x0 = self.generate(piece, draws.rows(rows))
+            gradient, mismatch = self.gradient(x0.detach(), piece, draws.rows(rows))
+            # mean(x0 * gradient) has gradient / elements as its gradient on x0.
+            self.generator.step((x0 * gradient).mean(), rate)
+            samples.append(x0.detach())
+            mismatches.append(mismatch)
+        x0, mismatch = torch.cat(samples), torch.stack(mismatches).mean()
+        self.meters.add("mismatch", mismatch)
+        self.meters.add("sample_spread", spread(x0))
+        if self.settings.reuse_x0:
+            self.reused.append(x0, cond)
+        return x0, cond, mismatch
+
+    def generate(self, cond: Conditioning, draws: Draws) -> Tensor:
+        """x0 [B, C, h, w] of the generator, at its one step or a random one of several."""
+        return self.student.training_sample(self.generator, cond, draws, self.sampler.latent_shape)
+
+    def gradient(self, x0: Tensor, cond: Conditioning, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The gradient on x0 [B, C, h, w], and the mismatch between target and fake score, a scalar."""
+        t = self.schedule.timesteps(draws.uniform("t"), *self.settings.timesteps)
+        eps = draws.normal("eps", tuple(x0.shape[1:]))
+        x_t = self.schedule.add_noise(x0, eps, t)
+        with torch.no_grad():
+            guidance = self.settings.guidance_scale, self.settings.guidance_batch
+            guided, unguided = predict_guided(self.teacher, x_t, t, cond, *guidance)
+        if self.gan:
+            fake, gan_gradient, gan_loss = self.gan.generator_term(x0, eps, t, cond, draws)
+            self.meters.add("loss/gan_generator", gan_loss)
+        else:
+            with torch.no_grad():
+                fake = predict(self.fake_score, x_t, t, cond)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        target_x0, fake_x0 = self.schedule.to_x0(guided, x_t, t), self.schedule.to_x0(fake, x_t, t)
+        gradient = self.objective(Scores(x0, target_x0, fake_x0, alpha, sigma))
+        # Unguided and unnormalised: how far the fake score is from the target's own distribution.
+        mismatch = (unguided - fake).square().mean()
+        return (gradient + gan_gradient if self.gan else gradient), mismatch
+
+    def update_fake_score(self, x0: Tensor, cond: Conditioning, batch: Batch, draws: Draws, rate: float) -> None:
+        """A micro-batch of the fake score's update: denoising of generated samples, and the head's loss."""
+        t = self.schedule.timesteps(draws.uniform("fake t"))
+        eps = draws.normal("fake eps", tuple(x0.shape[1:]))
+        if self.gan:
+            fresh = not self.settings.reuse_x0 or draws.step % self.settings.fake_updates == 0
+            real_cond = cond if fresh else self.encode(batch)  # reused samples have an earlier batch's captions
+            denoising, head = self.gan.fake_score_losses(x0, eps, t, cond, batch, real_cond, draws)
+            self.meters.add("loss/gan_head", head)
+            loss = denoising + self.gan.settings.head_weight * head
+        else:
+            loss = denoising = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
+        self.meters.add("loss/fake_score", denoising)
+        self.fake_score.step(loss, rate)
+
     def __init__(self, run: Run):
         settings, s = run.settings.backtrack, run.settings
         super().__init__("backtrack", run, settings, images=s.gan.enabled, pipeline=run.pipeline_folder)
+        self._check(settings)
+        self.update_every = {"generator": settings.fake_updates}
+        self.student = Student(self.schedule, s.student_timesteps)
+        self.objective = OBJECTIVES[settings.objective]
+        teacher, path = self.builder.hash(run.teacher_folder), None
+        if settings.path != "none":
+            hashes = teacher, self.builder.hash(run.start_folder)
+            path = open_path(s.path_folder, run.teacher_folder, hashes, s.student_timesteps, run.world, s.lora)
+        self._build_roles(path)
+        self.gan = GanTerm(s.gan, self.fake_score, self.sampler) if s.gan.enabled else None
+        self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk, self._mean)
+        self.average = WeightAverage(self.generator, settings.ema)
+        self.reused = ReusedSamples(self.world, self.split, self.sampler.text.family.name)
+        self.parts = {"ema": self.average, "target": self.target, "reused": self.reused}
+        latents, tokens = self.sampler.latent_shape, self.sampler.text.tokens
+        cost = pass_flops(self.generator.config, latents, tokens, s.gan.enabled, s.lora)
+        self.flops = backtrack_flops(s, cost) * self.micro * settings.accumulation
+        self.identity |= {"teacher": teacher, "timesteps": list(self.student.timesteps)}
+        self.identity |= {f"gan.{k}": v for k, v in s.gan.model_dump(mode="json").items()}
+        if path:
+            self.identity["far_node"] = path.nodes[-1].sha256
+
+    def _check(self, settings: BacktrackSettings) -> None:
+        """Refuses what would only fail later. Raises UserError, ModelError."""
         if settings.steps % settings.fake_updates:
             raise UserError(
                 f"backtrack.steps={settings.steps} is not a multiple of backtrack.fake_updates={settings.fake_updates}: the "
@@ -55,220 +164,81 @@ class Backtracking(TrainStage):
             fits = ", ".join(str(n) for n in range(1, self.micro + 1) if self.micro % n == 0)
             raise UserError(
                 f"backtrack.generator_split={settings.generator_split} does not divide the micro-batch of {self.micro} "
-                f"(batch {settings.batch} over {run.world.size} processes x {settings.accumulation} accumulation steps): "
+                f"(batch {settings.batch} over {self.world.size} processes x {settings.accumulation} accumulation steps): "
                 f"use one of {fits}"
             )
-        if s.gan.enabled:
-            feature_module(empty_network(run.teacher_folder))  # a network that the head cannot read is refused at once
-        self.check_lora(run.teacher_folder, run.start_folder)
-        path = None
-        if settings.path != "none":
-            hashes = self.hash(run.teacher_folder), self.hash(run.start_folder)
-            path = open_path(s.path_folder, run.teacher_folder, hashes, s.student_timesteps, run.world, s.lora)
-        if settings.reuse_x0 and not s.gan.enabled:
-            self.read_every = settings.fake_updates  # between generator turns nobody asks for captions
-        self.sampler = self.open_sampler(run.pipeline_folder)
-        self.schedule = self.sampler.schedule
-        self.student = Student(self.schedule, s.student_timesteps)
-        self.objective = OBJECTIVES[settings.objective]
+        if self.run.settings.gan.enabled:
+            feature_module(empty_network(self.run.teacher_folder))
+        self.builder.check_lora(self.run.teacher_folder, self.run.start_folder)
+
+    def _build_roles(self, path: DegradationPath | None) -> None:
+        """Teacher, generator and fake score. With LoRA every role is an adapter on the weights that it would otherwise
+        have, and a node is an adapter on the teacher's; a target that never moves needs none."""
+        run, settings = self.run, self.settings
         far = path.folder(len(path.nodes) - 1) if path else run.teacher_folder
         log.info(f"fake score starts from {far}")
-        # With LoRA every role is an adapter on the weights that it would have had, and a node is an adapter on the
-        # teacher's; a target that never moves needs none.
-        new = "new" if s.lora.rank else None
-        walks = settings.path == "walk"
-        self.teacher = self.role(
-            "teacher", run.teacher_folder, settings.teacher_ds_config, adapter=new if walks else None
+        new = "new" if run.settings.lora.rank else None
+        moving = new if settings.path == "walk" else None
+        self.teacher = self.add_role(
+            self.builder.build("teacher", run.teacher_folder, settings.teacher_ds_config, adapter=moving)
         )
-        self.generator = self.role(
-            "generator",
-            run.start_folder,
-            settings.generator_ds_config,
-            settings.generator,
-            settings.generator_split,
-            adapter=new,
+        self.generator = self.add_role(
+            self.builder.build(
+                "generator",
+                run.start_folder,
+                settings.generator_ds_config,
+                settings.generator,
+                settings.generator_split,
+                adapter=new,
+            )
         )
-        below, adapter = (run.teacher_folder, far if path else new) if new else (far, None)
-        self.fake_score = self.role(
-            "fake_score",
-            below,
-            settings.fake_score_ds_config,
-            settings.fake_score,
-            wrap=self._with_head if s.gan.enabled else None,
-            adapter=adapter,
+        shape, seed = self.sampler.latent_shape, run.settings.seed
+        folder, adapter = (run.teacher_folder, far if path else new) if new else (far, None)
+        self.fake_score = self.add_role(
+            self.builder.build(
+                "fake_score",
+                folder,
+                settings.fake_score_ds_config,
+                settings.fake_score,
+                wrap=partial(Discriminator, latent_shape=shape, seed=seed) if run.settings.gan.enabled else None,
+                adapter=adapter,
+            )
         )
-        self.gan = Adversary(s.gan, self.fake_score, self.sampler, self.noise) if s.gan.enabled else None
-        self.target = Target(self.teacher, path if walks else None, settings.walk)
-        self.ema = Ema(self.generator.local(), settings.ema)
-        self.kept: list[tuple[Tensor, Conditioning]] = []  # the last generator turn's samples, if they are reused
-        self.norms: dict[str, float] = {}
-        self.flops = self._flops()
-        self.identity["teacher"] = self.hash(run.teacher_folder)
-        if path:
-            self.identity["far_node"] = path.nodes[-1].sha256
-        self.identity["timesteps"] = list(self.student.timesteps)
-        self.identity |= {f"gan.{k}": v for k, v in s.gan.model_dump(mode="json").items()}
-
-    def _with_head(self, network: nn.Module) -> nn.Module:
-        return Discriminator(network, self.sampler.latent_shape, self.run.settings.seed)
-
-    def _flops(self) -> float:
-        """FLOP of an average step and rank."""
-        about = self.generator.config, self.sampler.latent_shape, self.sampler.text.tokens
-        judging = judging_flops(*about) if self.gan else ()
-        s = self.run.settings
-        sample = step_flops(self.settings, s.gan, trained_pass(s.lora), forward_flops(*about), *judging)
-        return sample * self.micro * self.settings.accumulation
-
-    def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
-        settings = self.settings
-        self.rates = {
-            "generator": learning_rate(settings.generator, step, self.steps),
-            "fake_score": learning_rate(settings.fake_score, step, self.steps),
-        }
-        turn = step % settings.fake_updates == 0
-        switched = turn and self.target.move(step // settings.fake_updates)
-        mismatches: list[Tensor] = []
-        if turn:
-            self.kept = []
-        for part, batch in enumerate(self.micro_batches(meters)):
-            if turn:
-                # The last turn before a line is the one whose norm the line shows.
-                x0, cond, mismatch = self._generator_turn(step, batch, meters, until_log < settings.fake_updates)
-                meters.add("mismatch", mismatch)
-                meters.add("sample_spread", spread(x0))
-                mismatches.append(mismatch)
-                if settings.reuse_x0:
-                    self.kept.append((x0, cond))
-            elif settings.reuse_x0:
-                x0, cond = self.kept[part]
-            else:
-                cond = self.encode(batch.captions, batch.cached)
-                with torch.no_grad():
-                    x0 = self._sample(step, batch.index, cond)
-            loss = self._fake_score_loss(step, batch, x0, cond, meters)
-            self._norm("fake_score", self.fake_score.step(loss, self.rates["fake_score"], until_log == 0))
-        if turn:
-            self.ema.update(self.generator.local())
-            self.target.observe(step // settings.fake_updates, torch.stack(mismatches).mean(), self._mean)
-        return self.rates_and_target() if switched else None
-
-    def _sample(self, step: int, index: list[int], cond: Conditioning) -> Tensor:
-        shape = self.sampler.latent_shape
-        return self.student.training_sample(self.generator, cond, self.noise, step, index, shape)
-
-    def _fake_score_loss(self, step: int, batch: Batch, x0: Tensor, cond: Conditioning, meters: Meters) -> Tensor:
-        t = self.schedule.timesteps(self.noise.uniform("fake t", step, batch.index))
-        eps = self.noise.normal("fake eps", step, batch.index, tuple(x0.shape[1:]))
-        if self.gan:
-            reused = self.settings.reuse_x0 and step % self.settings.fake_updates
-            # Reused samples have an earlier batch's captions.
-            real_cond = self.encode(batch.captions, batch.cached) if reused else cond
-            return self.gan.update_loss(x0, eps, t, cond, real_cond, step, batch, meters)
-        loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
-        meters.add("loss/fake_score", loss)
-        return loss
-
-    def _generator_turn(
-        self, step: int, batch: Batch, meters: Meters, want_norm: bool
-    ) -> tuple[Tensor, Conditioning, Tensor]:
-        """The generator's micro-step, in `generator_split` pieces; returns its samples, detached, their conditioning, and
-        the mismatch on them."""
-        # Whole: the last bit of a fresh text state depends on its batch.
-        cond = self.encode(batch.captions, batch.cached)
-        size, parts = self.micro // self.settings.generator_split, []
-        for rows in (slice(low, low + size) for low in range(0, self.micro, size)):
-            piece = cond.map(lambda v, rows=rows: v[rows])
-            parts.append(self._generator_step(step, batch.index[rows], piece, meters, want_norm))
-        samples, mismatches = zip(*parts, strict=True)
-        return torch.cat(samples), cond, torch.stack(mismatches).mean()
-
-    def _generator_step(
-        self, step: int, index: list[int], cond: Conditioning, meters: Meters, want_norm: bool
-    ) -> tuple[Tensor, Tensor]:
-        settings = self.settings
-        x0 = self._sample(step, index, cond)
-        sample = x0.detach()
-        t = self.schedule.timesteps(self.noise.uniform("t", step, index), *settings.timesteps)
-        eps = self.noise.normal("eps", step, index, tuple(sample.shape[1:]))
-        x_t = self.schedule.add_noise(sample, eps, t)
-        with torch.no_grad():
-            guidance = settings.guidance_scale, settings.guidance_batch
-            guided, conditional = predict_guided(self.teacher, x_t, t, cond, *guidance)
-            if not self.gan:
-                fake = predict(self.fake_score, x_t, t, cond)
-        if self.gan:
-            fake, push, loss = self.gan.push(sample, eps, t, cond, step, index)
-            meters.add("loss/gan_generator", loss)
-        # Unguided and unnormalised: how far the fake score is from the target's own distribution.
-        mismatch = (conditional - fake).square().mean()
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        target_x0, fake_x0 = self.schedule.to_x0(guided, x_t, t), self.schedule.to_x0(fake, x_t, t)
-        gradient = self.objective(Scores(sample, target_x0, fake_x0, alpha, sigma))
-        if self.gan:
-            gradient = gradient + push
-        # The mean over elements of x0 * gradient has gradient / elements as its gradient on x0.
-        loss = (x0 * gradient).mean()
-        self._norm("generator", self.generator.step(loss, self.rates["generator"], want_norm))
-        return sample, mismatch
 
     def _mean(self, value: Tensor) -> float:
         return float(mean_over_ranks(value, self.world))
 
-    def _norm(self, role: str, norm: float | None) -> None:
-        if norm is not None:
-            self.norms[f"grad_norm/{role}"] = norm
-
-    def metrics(self) -> dict:
-        return super().metrics() | self.norms | self.rates_and_target()
-
-    def rates_and_target(self) -> dict:
-        return {f"lr/{role}": rate for role, rate in self.rates.items()} | {"target_node": self.target.node}
-
-    def preview(self) -> Tensor:
-        with self.generator.averaged(self.ema):
-            return self.preview_grid(
-                lambda captions, noise: self.sampler.student(self.generator, captions, noise, self.student.timesteps)
-            )
-
-    def weights_writer(self) -> Callable[[Path], None]:
-        def write(folder: Path) -> None:
-            state = self.generator.state_dict(self.ema, self.run.dtype)
-            if state is not None:
-                self.saver(self.generator)(state, folder=folder)
-
-        return write
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {
-            "ema": self.average_state(self.ema, self.generator),
-            "target": self.target.state_dict(),
-            "kept": [{"x0": x0, **cond.tensors()} for x0, cond in self.kept],
-            "norms": self.norms,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.ema.load_state_dict(state["ema"])
-        self.target.load_state_dict(state["target"])
-        self.norms = state["norms"]
-        device = self.world.device
-        kept = [{key: value.to(device) for key, value in part.items()} for part in state["kept"]]
-        family = self.sampler.text.family.name
-        self.kept = [(part.pop("x0"), Conditioning(**part, family=family)) for part in kept]
-
-    def regroup(self, states: list[dict], saved: Split) -> dict:
-        return super().regroup(states, saved) | {
-            "ema": self.regroup_average([s["ema"] for s in states], self.ema, self.generator),
-            "target": merge_walks([s["target"] for s in states]),
-            # The generator that made them is gone: the samples themselves go to the ranks that have their rows now.
-            "kept": redeal([s["kept"] for s in states], saved, self.split, self.world.rank),
-        }
+    @property
+    def read_every(self) -> int:
+        """Between generator updates, reused samples need no captions; the GAN term needs images."""
+        reuses = self.settings.reuse_x0 and not self.run.settings.gan.enabled
+        return self.settings.fake_updates if reuses else 1
 
     def begin(self, step: int) -> None:
         super().begin(step)
-        # A resumed run holds the node of the last generator turn, which is not announced again.
+        # A resumed run holds the node of the last generator update.
         self.target.move(max(step - 1, 0) // self.settings.fake_updates)
+
+    def announces(self, step: int) -> bool:
+        """The first step and every target switch of a walk."""
+        turn, rest = divmod(step, self.settings.fake_updates)
+        return rest == 0 and self.target.switches_at(turn)
+
+    def values(self, step: int) -> dict:
+        return {"target_node": self.target.node}
+
+    def preview(self) -> Tensor:
+        with self.average.applied():
+            return preview_grid(
+                self.run,
+                self.dataset,
+                self.sampler,
+                self.micro,
+                partial(self.sampler.generator_images, self.generator, timesteps=self.student.timesteps),
+            )
+
+    def snapshot(self) -> Snapshot | None:
+        return self.generator.snapshot(self.average.ema, self.run.dtype)
 
     def close(self) -> None:
         super().close()
@@ -276,15 +246,16 @@ class Backtracking(TrainStage):
 
 
 def backtrack(run: Run) -> None:
-    """Distils the generator and writes `generator/`, a pipeline that makes an image in one step or the student's."""
+    """Distils the generator and writes `generator/`, a pipeline that makes an image in one step or in the generator's
+    several."""
     run.require_pipeline()
     folder = run.stage_folder("backtrack")
     stage = Backtracking(run)
     seconds = train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)
     if run.world.main:
-        latest = (folder / "LATEST").read_text().strip()
-        note = {"checkpoint": latest, "weights": "ema", "train_seconds": seconds}
-        export_generator(run, folder / "checkpoints" / latest / WEIGHTS, run.folder / "generator", note)
+        checkpoints = CheckpointDirectory(folder)
+        note = {"checkpoint": checkpoints.latest(), "weights": "ema", "train_seconds": seconds}
+        export_generator(run, checkpoints.latest_weights(), run.folder / "generator", note)
         log.info(f"backtrack: {stage.steps} steps in {seconds:.0f} s; wrote {run.folder / 'generator'}")
     barrier(run.world)
 
@@ -294,4 +265,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

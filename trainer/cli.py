@@ -2,8 +2,10 @@
 
 import importlib
 import sys
+from typing import NoReturn
 
 from trainer import VERSION
+from trainer.entry import USER_MISTAKE, exit_with
 
 VERBS = {
     "shards": "build, encode, index and validate WebDataset shards",
@@ -19,21 +21,25 @@ VERBS = {
 }
 
 
-def main() -> int:
-    argv = sys.argv[1:]
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: disback VERB --config FILE.yaml [key.sub=value ...]\n")
         print("\n".join(f"  {verb:10} {about}" for verb, about in VERBS.items()))
-        print("\ndisback VERB --help tells more. Across processes: deepspeed --module trainer.VERB --config ...")
-        return 0 if argv else 2
+        print("\ndisback VERB --help lists its options. Across processes: deepspeed --module trainer.VERB --config ...")
+        return 0 if argv else USER_MISTAKE
     if argv[0] == "--version":
         print(VERSION)
         return 0
     if argv[0] not in VERBS:
         print(f"disback: unknown verb '{argv[0]}': one of {', '.join(VERBS)}", file=sys.stderr)
-        return 2
+        return USER_MISTAKE
     return importlib.import_module(f"trainer.{argv[0]}").main(argv[1:])
 
 
+def run() -> NoReturn:
+    exit_with(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,4 +1,4 @@
-"""`disback shards --encode`: latents and text states of shards, computed once instead of at every use."""
+"""`disback shards --encode`: latents and text states of shards, computed once instead of in every training step."""
 
 import os
 import time
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.encoded import MEMBER, RECORD, made_by, pack
+from data.encoded import EXTENSION, RECORD_KEY, encoding_of, pack_tensors
 from data.errors import DataError
-from data.reader import Reject, ShardDataset
+from data.shard_dataset import SampleError, ShardDataset
 from data.shard_index import load_index
 from data.shard_writer import write_shard
 from models.compile import set_tf32
@@ -23,12 +23,12 @@ from trainer.distributed.logs import duration
 from trainer.errors import RankError, UserError
 from trainer.training.inputs import fingerprint
 
-SAY_EVERY = 10.0  # seconds between lines of progress
+PROGRESS_SECONDS = 10.0  # between progress lines
 
 
 @dataclass(frozen=True)
 class Part:
-    """This process's share: shard i belongs to rank i % size. Nothing is communicated."""
+    """This process's share of the shards: shard i belongs to rank i % size. The processes do not communicate."""
 
     rank: int
     size: int
@@ -36,7 +36,7 @@ class Part:
 
     @classmethod
     def of_environment(cls) -> "Part":
-        """By RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises UserError."""
+        """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises UserError."""
         rank, size, local = (
             os.environ.get(name, d) for name, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
         )
@@ -51,8 +51,8 @@ class Part:
 
 
 class _Rows(Dataset):
-    """A shard's samples by row; one that is broken is its Reject, and what ends the work its DataError: as values, since
-    a loader process would wrap them in its traceback."""
+    """A shard's samples by row. A SampleError or DataError is returned instead of raised: a loader process would wrap it in its
+    traceback."""
 
     def __init__(self, dataset: ShardDataset):
         self.dataset = dataset
@@ -60,56 +60,56 @@ class _Rows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> dict | Reject | DataError:
+    def __getitem__(self, row: int) -> dict | SampleError | DataError:
         try:
             return self.dataset.read(row)
-        except (Reject, DataError) as error:
+        except (SampleError, DataError) as error:
             return error
 
 
 class Progress:
-    """Lines of progress with the time that is left, for this process's samples."""
+    """Progress lines with the time remaining, for this process's samples."""
 
     def __init__(self, total: int, part: Part):
         self.total, self.done = total, 0
         self.who = f"rank {part.rank}: " if part.size > 1 else ""
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def add(self, samples: int) -> None:
         self.done += samples
-        if time.monotonic() - self.said >= SAY_EVERY:
-            self.said = time.monotonic()
-            rate = self.done / (self.said - self.began)
-            left = (self.total - self.done) / rate
-            self.say(f"{self.done} of {self.total} samples, {rate:.1f} a second, {duration(left)} left")
+        if time.monotonic() - self.printed >= PROGRESS_SECONDS:
+            self.printed = time.monotonic()
+            rate = self.done / (self.printed - self.began)
+            remaining = (self.total - self.done) / rate
+            self.print(f"{self.done} of {self.total} samples, {rate:.1f} per second, {duration(remaining)} left")
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         print(self.who + line, flush=True)
 
 
 class Encoding:
-    """Encodes shards with the parts of a pipeline folder.
+    """Encodes shards with the autoencoder and text encoders of a pipeline folder.
 
-    The autoencoder computes in float32; `dtype` is what the text encoders compute in and what is stored.
+    The autoencoder computes in float32; the text encoders compute, and everything is stored, in `precision`.
     """
 
-    def __init__(
-        self, pipeline: Path, resolution: int, text: bool, dtype: torch.dtype, variant: str, device: torch.device
-    ):
-        """Raises ModelError for a pipeline that is not whole or does not fit the resolution."""
+    def __init__(self, pipeline: Path, resolution: int, text: bool, precision: str, variant: str, device: torch.device):
+        """precision: "bf16" or "fp32". Raises ModelError for a pipeline that is incomplete or does not fit the
+        resolution."""
         check_fit(check_pipeline(pipeline, variant), resolution, (), variant)
-        set_tf32(dtype != torch.float32)
-        self.resolution, self.text, self.dtype = resolution, text, dtype
+        set_tf32(precision != "fp32")
+        self.resolution, self.text = resolution, text
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.made_by = {
             "resolution": resolution,
             "vae": fingerprint(pipeline, "vae", variant),
             "text": fingerprint(pipeline, "text", variant) if text else None,
-            "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+            "precision": precision,
         }
-        self.sampler = Sampler.load(pipeline, resolution, dtype, device, variant)
+        self.sampler = Sampler.load(pipeline, resolution, self.dtype, device, variant)
 
     def tensors(self, samples: list[dict]) -> dict[str, Tensor]:
-        """latent_mean, latent_std [B, C, h, w] and, if wanted, states [B, L, D], pooled [B, P], on the host."""
+        """latent_mean, latent_std [B, C, h, w] and with text also states [B, L, D] and pooled [B, P], on the CPU."""
         device = self.sampler.text.device
         images = torch.stack([sample["image"] for sample in samples]).to(device)
         found = dict(zip(("latent_mean", "latent_std"), self.sampler.posterior(images), strict=True))
@@ -124,13 +124,13 @@ class Encoding:
     def samples(
         self, dataset: ShardDataset, batch: int, workers: int, progress: Progress, rejects: Counter
     ) -> Iterator[dict]:
-        """A shard's samples, encoded, as data.writer takes them; broken ones are left out and counted."""
+        """A shard's samples, encoded, in the form that `write_shard` takes; broken ones are left out and counted."""
         for read in DataLoader(_Rows(dataset), batch, num_workers=workers, collate_fn=list):
             good = []
             for sample in read:
                 if isinstance(sample, DataError):
                     raise sample
-                if isinstance(sample, Reject):
+                if isinstance(sample, SampleError):
                     rejects[str(sample)] += 1
                 else:
                     good.append(sample)
@@ -140,48 +140,50 @@ class Encoding:
                     record = self.made_by | {"original_size": sample["original_size"], "crop": sample["crop"]}
                     yield {
                         "__key__": sample["key"],
-                        MEMBER: pack({name: value[row] for name, value in tensors.items()}),
+                        EXTENSION: pack_tensors({name: value[row] for name, value in tensors.items()}),
                         "txt": sample["caption"],
-                        "json": sample["meta"] | {RECORD: record},
+                        "json": sample["meta"] | {RECORD_KEY: record},
                     }
             progress.add(len(read))
 
 
 def encode_shards(paths: list[Path], out: Path, encoding: Encoding, part: Part, batch: int, workers: int) -> None:
-    """Writes out/NAME.tar, encoded, for this process's of the shards `paths`. One that is there, made by the same parts,
-    is left as it is.
+    """Writes out/NAME.tar, encoded, for this process's share of the shards `paths`; skips shards that exist and were
+    encoded by the same networks.
 
-    Raises UserError if two shards have one name or a shard of other parts has the name; DataError for a shard that cannot
-    be read or written.
+    Raises UserError if two shards share a name or if an existing shard was encoded by other networks; DataError for a
+    shard that cannot be read or written.
     """
     if twice := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
-        raise UserError(f"--encode: two shards are named {twice[0]}, and would be one in {out}: encode them one by one")
+        raise UserError(
+            f"--encode: two shards are named {twice[0]} and would overwrite each other in {out}: encode them into two folders"
+        )
     if any(path.resolve().parent == out.resolve() for path in paths):
-        raise UserError(f"--out {out} is where the shards themselves are: name another folder")
+        raise UserError(f"--out {out} holds the shards themselves: choose another folder")
     mine = paths[part.rank :: part.size]
-    left = [path for path in mine if not _is_made(out / path.name, encoding)]
-    progress = Progress(sum(len(load_index(path)) for path in left), part)
-    if len(left) < len(mine):
-        progress.say(f"{len(mine) - len(left)} of {len(mine)} shards are there already")
+    missing = [path for path in mine if not _exists(out / path.name, encoding)]
+    progress = Progress(sum(len(load_index(path)) for path in missing), part)
+    if len(missing) < len(mine):
+        progress.print(f"{len(mine) - len(missing)} of {len(mine)} shards already exist")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be made: {error.strerror}: choose another folder") from error
-    for number, path in enumerate(left, 1):
+        raise UserError(f"--out {out}: cannot be created: {error.strerror}: choose another folder") from error
+    for number, path in enumerate(missing, 1):
         dataset = ShardDataset([path], encoding.resolution, ("image", "caption", "meta"))
         rejects = Counter(dataset.rejected)
         try:
             write_shard(encoding.samples(dataset, batch, workers, progress, rejects), out / path.name)
         finally:
             dataset.close()
-        progress.say(f"{out / path.name}: shard {number} of {len(left)}; left out: {dict(rejects) or 'none'}")
+        progress.print(f"{out / path.name}: shard {number} of {len(missing)}; left out: {dict(rejects) or 'none'}")
 
 
-def _is_made(tar: Path, encoding: Encoding) -> bool:
+def _exists(tar: Path, encoding: Encoding) -> bool:
     if not tar.exists():
         return False
-    record = made_by(load_index(tar))
+    record = encoding_of(load_index(tar))
     if record == encoding.made_by:
         return True
     wrong = [key for key, value in encoding.made_by.items() if not record or record[key] != value]
-    raise RankError(f"{tar} is there and was made with another {', '.join(wrong)}: name another --out, or remove it")
+    raise RankError(f"{tar} exists and was encoded with another {', '.join(wrong)}: choose another --out, or remove it")

@@ -2,94 +2,72 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from data.sampling_order import Split
 from models.conditioning import image_time_ids
 from models.denoise import denoising_loss
-from models.ema import Ema
 from models.families import family_of
 from models.miniature import build_miniature
 from models.pipeline import replace_folder
-from models.profile_flops import forward_flops
-from trainer.checkpoint.directory import WEIGHTS
+from models.profile import pass_flops
+from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier
-from trainer.engine.optimizer import learning_rate
-from trainer.entry import run_verb
+from trainer.engine.save_weights import Snapshot
+from trainer.entry import exit_with, run_verb
+from trainer.planner.flops import pretrain_flops
 from trainer.training.autoencoder import train_autoencoder
+from trainer.training.average import WeightAverage
 from trainer.training.inputs import batch_latents
 from trainer.training.loop import train
-from trainer.training.metrics import Meters
+from trainer.training.preview import preview_grid
 from trainer.training.run import Run
-from trainer.training.stage import TrainStage
+from trainer.training.stage import Stage
 
 
-class Pretraining(TrainStage):
-    """Denoising score matching on shards, with caption dropout and an average of the weights."""
+class Pretraining(Stage):
+    """Denoising score matching on shards, with caption dropout and a weight average."""
+
+    def update(self, step: int) -> None:
+        rate = self.rates(step)["teacher"]
+        for batch in self.micro_batches():
+            draws = self.noise.at(step, batch.index)
+            x0 = batch_latents(batch, self.sampler, draws.normal("posterior", self.sampler.latent_shape))
+            time_ids = image_time_ids(batch.original_sizes, batch.crops, self.sampler.resolution)
+            cond = self.encode(batch, time_ids.to(self.world.device))
+            cond = cond.dropped(draws.uniform("dropout") < self.settings.caption_dropout)
+            t = self.schedule.timesteps(draws.uniform("t"))
+            eps = draws.normal("eps", tuple(x0.shape[1:]))
+            loss = denoising_loss(self.teacher, self.schedule, x0, eps, t, cond)
+            self.meters.add("loss/teacher", loss)
+            self.teacher.step(loss, rate)
+        self.average.update()
 
     def __init__(self, run: Run, start: Path):
         settings = run.settings.pretrain
         super().__init__("pretrain", run, settings, images=True, pipeline=start)
-        self.sampler = self.open_sampler(start)
-        self.schedule = self.sampler.schedule
-        self.teacher = self.role(
-            "teacher", start / self.sampler.text.family.part, settings.ds_config, settings.optimizer
-        )
-        flops = forward_flops(self.teacher.config, self.sampler.latent_shape, self.sampler.text.tokens)
-        self.flops = 3 * flops * self.micro * settings.accumulation
-        self.ema = Ema(self.teacher.local(), settings.ema)
-
-    def update(self, step: int, meters: Meters, until_log: int) -> None:
-        self.rate = learning_rate(self.settings.optimizer, step, self.steps)
-        for batch in self.micro_batches(meters):
-            posterior = self.noise.normal("posterior", step, batch.index, self.sampler.latent_shape)
-            x0 = batch_latents(batch, self.sampler, posterior)
-            resolution = self.run.settings.data.resolution
-            time_ids = image_time_ids(batch.original_sizes, batch.crops, resolution).to(self.world.device)
-            cond = self.encode(batch.captions, batch.cached, time_ids)
-            cond = cond.dropped(self.noise.uniform("dropout", step, batch.index) < self.settings.caption_dropout)
-            t = self.schedule.timesteps(self.noise.uniform("t", step, batch.index))
-            eps = self.noise.normal("eps", step, batch.index, tuple(x0.shape[1:]))
-            loss = denoising_loss(self.teacher, self.schedule, x0, eps, t, cond)
-            meters.add("loss/teacher", loss)
-            norm = self.teacher.step(loss, self.rate, want_norm=until_log == 0)
-            if norm is not None:
-                self.norm = norm
-        self.ema.update(self.teacher.local())
-
-    def metrics(self) -> dict:
-        return super().metrics() | {"lr/teacher": self.rate, "grad_norm/teacher": self.norm}
+        folder = start / self.sampler.text.family.part
+        self.teacher = self.add_role(self.builder.build("teacher", folder, settings.ds_config, settings.optimizer))
+        self.average = WeightAverage(self.teacher, settings.ema)
+        self.parts = {"ema": self.average}
+        cost = pass_flops(self.teacher.config, self.sampler.latent_shape, self.sampler.text.tokens)
+        self.flops = pretrain_flops(run.settings, cost) * self.micro * settings.accumulation
 
     def preview(self) -> Tensor:
         steps, scale = self.run.settings.sample.steps, self.run.settings.sample.guidance_scale
-        with self.teacher.averaged(self.ema):
-            return self.preview_grid(
-                lambda captions, noise: self.sampler.many_steps(self.teacher, captions, noise.draw(), steps, scale)
+        with self.average.applied():
+            return preview_grid(
+                self.run,
+                self.dataset,
+                self.sampler,
+                self.micro,
+                lambda captions, noise: self.sampler.diffusion_images(self.teacher, captions, noise.draw(), steps, scale),
             )
 
-    def weights_writer(self) -> Callable[[Path], None]:
-        def write(folder: Path) -> None:
-            state = self.teacher.state_dict(self.ema, self.run.dtype)
-            if state is not None:
-                self.saver(self.teacher)(state, folder=folder)
-
-        return write
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"ema": self.average_state(self.ema, self.teacher)}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.ema.load_state_dict(state["ema"])
-
-    def regroup(self, states: list[dict], saved: Split) -> dict:
-        average = self.regroup_average([s["ema"] for s in states], self.ema, self.teacher)
-        return super().regroup(states, saved) | {"ema": average}
+    def snapshot(self) -> Snapshot | None:
+        return self.teacher.snapshot(self.average.ema, self.run.dtype)
 
 
 def _start(run: Run, folder: Path) -> Path:
@@ -115,22 +93,21 @@ def _start(run: Run, folder: Path) -> Path:
 
 
 def pretrain(run: Run) -> None:
-    """Trains the teacher and writes `pipeline/`. Does nothing if that is there already."""
+    """Trains the teacher and writes `pipeline/`. Does nothing if it exists."""
     out = run.folder / "pipeline"
     if (out / "model_index.json").exists():
-        print(f"{out} is there: nothing to do (name another run folder to train another teacher)")
+        print(f"{out} exists: nothing to do (name another run folder to train another teacher)")
         return
     start = _start(run, run.stage_folder("pretrain"))
-    folder = run.stage_folder("pretrain")  # the log goes on there, after the autoencoder's
+    folder = run.stage_folder("pretrain")  # the autoencoder's training logged to its own folder
     stage = Pretraining(run, start)
     seconds = train(stage, run.settings.pretrain.loop, run.settings.health, folder, run.world)
     if run.world.main:
-        last = folder / "checkpoints" / (folder / "LATEST").read_text().strip() / WEIGHTS
         temporary = out.with_name("pipeline.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         part = family_of(start).part
         shutil.copytree(start, temporary, ignore=shutil.ignore_patterns(part, "autoencoder.json"))
-        shutil.copytree(last, temporary / part)
+        shutil.copytree(CheckpointDirectory(folder).latest_weights(), temporary / part)
         note = {"train_seconds": seconds, "steps": stage.steps}
         (temporary / "disback.json").write_text(json.dumps(note, indent=2) + "\n")
         replace_folder(temporary, out)
@@ -143,4 +120,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

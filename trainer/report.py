@@ -1,17 +1,17 @@
-"""`disback report`: one self-contained HTML page of a run and the runs it is compared with."""
+"""`disback report`: one self-contained HTML page of a run and the runs it is compared with. No torch, no process group."""
 
 import base64
 import html
 import json
 import os
-import sys
 from pathlib import Path
 
-from trainer.entry import run_verb
+from trainer.checkpoint.files import write_text
+from trainer.config.schema import RunSettings
+from trainer.entry import exit_with, settings_verb
 from trainer.errors import UserError
-from trainer.evaluation.plots import compared, evaluated, single
+from trainer.evaluation.plots import curves, evaluated
 from trainer.evaluation.results import Results, Row, as_json, as_text, table
-from trainer.training.run import Run
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -43,13 +43,13 @@ def _table(rows: list[Row]) -> str:
     def cell(value: object) -> str:
         return f"<td>{'&ndash;' if value is None else f'{value:.4g}' if isinstance(value, float) else html.escape(str(value))}</td>"
 
-    heads = ["", "steps an image", "generator updates", "FID", "class accuracy", "images", "training, s"]
+    heads = ["", "steps per image", "generator updates", "FID", "class accuracy", "images", "training, s"]
     body = "".join("<tr>" + "".join(cell(v) for v in vars(row).values()) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr>{body}</table>"
 
 
 def _grids(run: Results, stage: str, most: int = 6) -> list[str]:
-    """At most `most` grids over time, the first and the last among them."""
+    """At most `most` grids over time, including the first and the last."""
     grids = run.grids(stage)
     if len(grids) > most:
         grids = [grids[round(i * (len(grids) - 1) / (most - 1))] for i in range(most)]
@@ -67,23 +67,24 @@ def _evaluation_grids(runs: list[Results]) -> list[str]:
 
 
 def page(runs: list[Results], rows: list[Row]) -> str:
-    """The whole page: table, pictures, curves, settings. Needs nothing but itself."""
+    """The whole page, without references to other files: table, pictures, curves, settings."""
     main = runs[0]
     nodes = []
     manifest = Path(main.config["path"] or main.folder / "path") / "path.json"
     if manifest.exists():
         nodes = json.loads(manifest.read_text())["nodes"]
-    judged = main.evaluation("generator") or main.evaluation("teacher") or {}
-    note = f"FID and class accuracy by {judged['features']}, against {judged['reference']}." if judged else ""
+    scores = main.evaluation("generator") or main.evaluation("teacher")
+    note = f"FID and class accuracy by {scores['features']}, against {scores['reference']}." if scores else ""
+    recorded = [n["step"] for n in nodes[1:]]
     spots = "; ".join(f"node {n['index']}: step {n['step']}, distance {n['distance_to_node_0']:.4f}" for n in nodes)
     parts = [
         f"<h1>{html.escape(str(main.folder))}</h1><p>{html.escape(note)}</p>",
         _table(rows) if rows else "",
         _section(
-            "What they make",
+            "Generated images",
             *_evaluation_grids(runs),
             small=True,
-            note="Rows cycle through the held-out captions; the same noise for all.",
+            note="Rows cycle through the held-out captions; all use the same noise.",
         ),
         _section(
             "Evaluation over steps",
@@ -94,24 +95,20 @@ def page(runs: list[Results], rows: list[Row]) -> str:
         _section("Backtracking over time", *_grids(main, "backtrack"), small=True),
         _section(
             "Backtracking",
-            _figure(compared(runs, "backtrack", "mismatch", "mismatch: target against fake score", log=True)),
-            _figure(compared(runs, "backtrack", "target_node", "target node (0 is the teacher)")),
-            _figure(compared(runs, "backtrack", "loss/fake_score", "fake-score loss")),
-            _figure(compared(runs, "backtrack", "grad_norm/generator", "generator gradient norm", log=True)),
+            _figure(curves(runs, "backtrack", "mismatch", "mismatch: target against fake score", log=True)),
+            _figure(curves(runs, "backtrack", "target_node", "target node (0 is the teacher)")),
+            _figure(curves(runs, "backtrack", "loss/fake_score", "fake-score loss")),
+            _figure(curves(runs, "backtrack", "grad_norm/generator", "generator gradient norm", log=True)),
         ),
         _section(
             "Recording the path",
-            _figure(
-                single(
-                    main, "record", "distance", "score distance to the teacher", marks=[n["step"] for n in nodes[1:]]
-                )
-            ),
-            _figure(single(main, "record", "loss/fake_score", "denoising loss on the untrained generator's samples")),
+            _figure(curves([main], "record", "distance", "score distance to the teacher", marks=recorded)),
+            _figure(curves([main], "record", "loss/fake_score", "denoising loss on the untrained generator's samples")),
             note=spots,
         ),
         _section(
             "The teacher",
-            _figure(single(main, "pretrain", "loss/teacher", "denoising loss", log=True)),
+            _figure(curves([main], "pretrain", "loss/teacher", "denoising loss", log=True)),
             *_grids(main, "pretrain", 3),
         ),
         f"<h2>Configuration</h2><pre>{html.escape((main.folder / 'config.yaml').read_text())}</pre>",
@@ -122,28 +119,26 @@ def page(runs: list[Results], rows: list[Row]) -> str:
     )
 
 
-def report(run: Run) -> None:
-    """Writes report.html and summary.json into the run's folder and prints the table."""
-    if not run.world.main:
+def report(settings: RunSettings) -> None:
+    """Writes report.html and summary.json into the run folder and prints the table. Under a launcher, rank 0 does it."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return
-    folders = [run.folder] + [Path(p) for p in run.settings.report.compare if Path(p) != run.folder]
-    runs = [Results(folder) for folder in folders if folder == run.folder or folder.exists()]
-    rows = table(runs)
-    out = run.folder / "report.html"
+    main = settings.folder
+    others = [Path(p) for p in settings.report.compare if Path(p) != main and Path(p).exists()]
+    runs = [Results(folder) for folder in (main, *others)]
+    rows, out = table(runs), main / "report.html"
     try:
-        for file, text in ((out, page(runs, rows)), (run.folder / "summary.json", as_json(rows))):
-            temporary = file.with_name(file.name + ".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, file)
+        write_text(page(runs, rows), out)
+        write_text(as_json(rows), main / "summary.json")
     except OSError as error:
-        raise UserError(f"{run.folder}: the report cannot be written: {error.strerror}") from error
+        raise UserError(f"{main}: the report cannot be written: {error.strerror}") from error
     print(as_text(rows) if rows else "no evaluation yet: run `disback evaluate`")
-    print(f"\npage:     {out.resolve()}\npictures: {(run.folder / 'eval').resolve()}/*/grid.png")
+    print(f"\npage:     {out.resolve()}\npictures: {(main / 'eval').resolve()}/*/grid.png")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_verb("report", "One self-contained HTML page of a run.", report, argv)
+    return settings_verb("report", "One self-contained HTML page of a run.", report, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -1,21 +1,19 @@
 """`disback sample`: prompts to PNG files and a grid."""
 
-import sys
 from pathlib import Path
 
 import torch
 from torchvision.io import write_png
-from torchvision.utils import make_grid
 
-from trainer.entry import run_verb
+from trainer.entry import exit_with, run_verb
 from trainer.errors import UserError
 from trainer.evaluation.sources import find_source
+from trainer.training.preview import grid
 from trainer.training.run import Run
-from trainer.training.stage import enlarge
 
 
 def sample(run: Run) -> None:
-    """Writes `images` images of the prompts in turn; image i is drawn with seed + i, whatever the batch."""
+    """Writes `images` images, cycling through the prompts; image i is drawn with seed + i, whatever the batch size."""
     settings = run.settings.sample
     if not settings.prompts:
         raise UserError("sample.prompts is empty: give prompts, such as sample.prompts='[\"a handwritten seven\"]'")
@@ -34,9 +32,7 @@ def sample(run: Run) -> None:
     if run.world.main:
         for i, image in enumerate(images):
             write_png(image, str(out / f"{i:05d}.png"))
-        write_png(
-            make_grid(enlarge(images, settings.enlarge), settings.columns, 2, pad_value=128), str(out / "grid.png")
-        )
+        write_png(grid(images, settings.enlarge, settings.columns), str(out / "grid.png"))
         print(f"{len(images)} images of {source.source.weights} and grid.png in {out}")
 
 
@@ -46,4 +42,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

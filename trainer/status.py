@@ -1,6 +1,6 @@
 """`disback status`: where a run stands, from its files alone.
 
-For login nodes: torch is not imported, nothing is locked, and a run may be looked at while it trains.
+For login nodes: it imports no torch and takes no lock, and works while the run trains.
 """
 
 import argparse
@@ -12,45 +12,38 @@ from pathlib import Path
 
 import yaml
 
+from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.config.load import read_values
 from trainer.errors import UserError
+from trainer.training.progress import FILE, Progress
 
 STAGES = ("autoencoder", "pretrain", "record", "backtrack")
-QUIET_SECONDS = 600.0  # without a word for longer than this, and than five lines should take, a run has stalled
-STARTING_SECONDS = 1800.0  # loading weights and the first compilation say nothing
+QUIET_SECONDS = 600.0  # a run that writes nothing for longer than this, and than five log lines take, has stalled
+STARTING_SECONDS = 1800.0  # the same before the first metrics line: loading weights and compiling write nothing
+RESTART_SECONDS = 2.0  # a log that is this much newer than status.json comes from a new start that is still loading
 TAIL_BYTES = 65536
 
 
-def _tail(file: Path) -> list[str]:
-    """The last whole lines of a file that may be written to at this moment."""
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(stream.seek(0, 2) - TAIL_BYTES, 0))
-            text = stream.read().decode(errors="replace")
-    except OSError:
-        return []
-    return [line for line in text.split("\n")[:-1] if line]
-
-
 def _last_metrics(folder: Path) -> dict:
-    for line in reversed(_tail(folder / "metrics.jsonl")):
+    """The last line of metrics.jsonl that has a speed (a target switch has none). The file may be growing."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as stream:
+            stream.seek(max(stream.seek(0, 2) - TAIL_BYTES, 0))
+            lines = stream.read().decode(errors="replace").split("\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record.get("step_seconds"):  # not a target switch, which has no speed
+        if record.get("step_seconds"):
             return record
     return {}
 
 
-def _latest(folder: Path) -> str | None:
-    try:
-        return (folder / "LATEST").read_text().strip() or None
-    except OSError:
-        return None
-
-
 def _age(*files: Path) -> float | None:
+    """Seconds since the last write to any of the files."""
     times = [file.stat().st_mtime for file in files if file.exists()]
     return max(time.time() - max(times), 0.0) if times else None
 
@@ -70,26 +63,32 @@ def _finished(run: Path, name: str, settings: dict, step: int, steps: int | None
     return step == steps
 
 
+def _progress(folder: Path, section: dict) -> dict:
+    """The stage's status.json; before training starts, and in runs of earlier versions, what metrics.jsonl tells."""
+    if progress := Progress.read(folder):
+        return progress
+    metrics, log_every = _last_metrics(folder), section.get("loop", {}).get("log_every", 10)
+    unknown = {"state": "running", "message": "", "restarts": 0, "warnings": [], "warning_count": 0}
+    return {"step": 0} | metrics | {"steps": section.get("steps"), "log_every": log_every} | unknown
+
+
 def stage_status(run: Path, name: str, settings: dict) -> dict:
-    """One training stage: how far, how fast, since when silent."""
+    """One training stage: step, speed, last checkpoint, and whether it runs."""
     folder = run / name
     section = settings.get("pretrain", {}).get("autoencoder", {}) if name == "autoencoder" else settings.get(name, {})
-    steps, last, latest = section.get("steps"), _last_metrics(folder), _latest(folder)
-    saved = int(latest[5:]) if latest and latest[5:].isdigit() else 0
-    step = max(last.get("step", 0), saved)
-    lines = (folder / "log.txt").read_text(errors="replace").splitlines() if (folder / "log.txt").exists() else []
-    silent = _age(folder / "log.txt", folder / "metrics.jsonl", folder / "LATEST")
-    pace = last.get("step_seconds")
-    patience = STARTING_SECONDS
-    if pace:
-        patience = max(QUIET_SECONDS, 5 * pace * section.get("loop", {}).get("log_every", 10))
+    progress, checkpoints = _progress(folder, section), CheckpointDirectory(folder)
+    step, steps = max(progress["step"], checkpoints.latest_step() or 0), progress["steps"]
+    pace = progress.get("step_seconds")
+    silent = _age(folder / FILE, folder / "log.txt", folder / "metrics.jsonl", checkpoints.latest_file)
+    patience = max(QUIET_SECONDS, 5 * pace * progress["log_every"]) if pace else STARTING_SECONDS
+    written, logged = _age(folder / FILE), _age(folder / "log.txt")
+    restarting = written is not None and logged is not None and logged < written - RESTART_SECONDS
     if _finished(run, name, settings, step, steps):
         state = "finished"
-    elif lines and "stopped by a signal" in lines[-1]:
-        state = "stopped"
+    elif progress["state"] in ("stopped", "failed") and not restarting:
+        state = progress["state"]
     else:
         state = "stalled" if silent is not None and silent > patience else "running"
-    warnings = [line.partition(" WARNING ")[2] for line in lines if " WARNING " in line]
     return {
         "stage": name,
         "state": state,
@@ -97,17 +96,20 @@ def stage_status(run: Path, name: str, settings: dict) -> dict:
         "steps": steps,
         "percent": round(100 * step / steps, 1) if steps else None,
         "eta_seconds": round(pace * (steps - step)) if pace and steps and state != "finished" else None,
-        "images_per_second": last.get("images_per_second"),
-        "target_node": last.get("target_node"),
-        "checkpoint": latest,
-        "checkpoint_age_seconds": _age(folder / "LATEST"),
+        "images_per_second": progress.get("images_per_second"),
+        "target_node": progress.get("target_node"),
+        "checkpoint": checkpoints.latest(),
+        "checkpoint_age_seconds": _age(checkpoints.latest_file),
         "silent_seconds": silent,
-        "restarts": sum("resumed from" in line for line in lines),
-        "warnings": warnings,
+        "restarts": progress["restarts"],
+        "warnings": progress["warnings"],
+        "warning_count": progress["warning_count"],
+        "message": progress["message"] if state in ("stopped", "failed") else "",
     }
 
 
 def _evaluations(run: Path) -> dict[str, float | None]:
+    """FID by the name of what was evaluated."""
     scores = {}
     for file in sorted((run / "eval").glob("*/metrics.json")):
         try:
@@ -118,24 +120,24 @@ def _evaluations(run: Path) -> dict[str, float | None]:
 
 
 def run_status(run: Path) -> dict:
-    """The whole run: the stage that wrote last, every stage, and the FID of what was evaluated. Raises UserError."""
-    stages = {name: run / name for name in STAGES if (run / name / "log.txt").exists()}
+    """The whole run: the stage that wrote last, all stages, and the FID of each evaluation. Raises UserError."""
+    stages = [name for name in STAGES if (run / name / "log.txt").exists()]
     if not stages:
         raise UserError(
             f"{run}: no stage has written here: name a run's folder, such as runs/sdxl, or --config FILE.yaml"
         )
     settings = _settings(run)
     found = {name: stage_status(run, name, settings) for name in stages}
-    current = max(stages, key=lambda name: (stages[name] / "log.txt").stat().st_mtime)
+    current = min(stages, key=lambda name: _age(run / name / "log.txt"))
     return {"run": str(run), **found[current], "stages": found, "fid": _evaluations(run)}
 
 
 def progress(run: Path, verb: str) -> str:
-    """What changes when a verb gets on: the job scripts compare it before and after a restart."""
+    """One line that changes when a verb makes progress: job scripts compare it before and after a restart."""
     if verb == "evaluate":
         return f"{len(_evaluations(run))} evaluations"
     names = ("autoencoder", "pretrain") if verb == "pretrain" else (verb,)
-    words = [f"{name} {latest}" for name in names if (latest := _latest(run / name))]
+    words = [f"{name} {latest}" for name in names if (latest := CheckpointDirectory(run / name).latest())]
     return ", ".join(words) or "no checkpoint"
 
 
@@ -148,7 +150,7 @@ def _span(seconds: float | None) -> str:
 
 
 def page(status: dict) -> str:
-    """What a person reads: a line a stage, then the last warnings."""
+    """The status as text: one line per stage, with its last warnings, and the evaluations."""
     lines = [status["run"]]
     for s in status["stages"].values():
         parts = [f"{s['stage']:11} {s['state']:8} {s['step']}/{s['steps'] or '?'}"]
@@ -159,11 +161,13 @@ def page(status: dict) -> str:
         age = _span(s["checkpoint_age_seconds"])
         parts.append(f"checkpoint {s['checkpoint']}, {age} old" if s["checkpoint"] else "no checkpoint yet")
         parts += [f"{s['restarts']} restarts"] if s["restarts"] else []
-        parts += [f"{len(s['warnings'])} warnings"] if s["warnings"] else []
+        parts += [f"{s['warning_count']} warnings"] if s["warning_count"] else []
         if s["state"] == "stalled":
             parts.append(f"nothing written for {_span(s['silent_seconds'])}: look at the job's log, or run it again")
         if s["state"] == "stopped":
-            parts.append("stopped after saving: the same command goes on")
+            parts.append("stopped after saving: the same command resumes it")
+        if s["state"] == "failed":
+            parts.append(s["message"] or "look at the job's log")
         lines.append("  " + "  ".join(parts))
         lines += [f"    warning: {text}" for text in s["warnings"][-3:]]
     if status["fid"]:
@@ -172,19 +176,19 @@ def page(status: dict) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):  # trainer.entry's would bring the whole trainer along
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = _Parser(prog="disback status", description="Where a run stands, from its files alone.")
-    parser.add_argument("run", nargs="?", help="a run's folder, such as runs/sdxl")
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="the run of a configuration instead")
-    parser.add_argument("--json", action="store_true", help="for programs: everything, as one JSON object")
+    parser.add_argument("run", nargs="?", help="run folder, such as runs/sdxl")
     parser.add_argument(
-        "--progress", metavar="VERB", help="for job scripts: the run's folder, a tab, the last checkpoint"
+        "--config", type=Path, metavar="FILE.yaml", help="configuration of the run, instead of its folder"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--progress", metavar="VERB", help="for job scripts: run folder, a tab, last checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     try:
         args = parser.parse_intermixed_args(argv)
@@ -194,14 +198,14 @@ def main(argv: list[str] | None = None) -> int:
         elif len(words) == 1 and not re.search("^[a-z_.]+=", words[0]):
             run = Path(words[0])
         else:
-            raise UserError("name one run's folder, or --config FILE.yaml (see disback status --help)")
+            raise UserError("name one run folder, or --config FILE.yaml (see disback status --help)")
         if args.progress:
             print(f"{run}\t{progress(run, args.progress)}")
             return 0
         status = run_status(run)
         print(json.dumps(status, indent=2) if args.json else page(status))
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"disback: {error}", file=sys.stderr)
         return 2
 

@@ -1,4 +1,4 @@
-"""Checkpoints on real disks: what is kept, what happens on a full one, and how a damaged one is told."""
+"""Checkpoints on real disks: which are kept, full disks, damaged checkpoints."""
 
 import errno
 import json
@@ -12,8 +12,8 @@ import support
 import torch
 from ranks_elastic import stop_recording
 
-from trainer.checkpoint import directory as shelf
-from trainer.checkpoint.durable import Together
+from trainer.checkpoint import directory
+from trainer.checkpoint.durable import DeferredErrors
 from trainer.errors import RankError, UserError
 from trainer.record import record
 from trainer.training.run import Run
@@ -57,7 +57,7 @@ def test_rank_files_hold_nothing_that_could_run(kept):
     file = checkpoints(run) / "step-00000008" / "rank-00000.pt"
     code = f"import torch; state = torch.load({str(file)!r}, weights_only=True); print(sorted(state))"
     done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, env=support.environment())
-    assert done.stdout.strip() == "['generators', 'meters', 'seconds', 'stage']", done.stderr
+    assert done.stdout.strip() == "['generators', 'health', 'seconds', 'stage']", done.stderr
 
 
 def test_a_damaged_checkpoint_names_the_way_back(root, world, kept, tmp_path):
@@ -173,7 +173,7 @@ def test_a_first_checkpoint_is_estimated(root, world, kept, small_disk):
 def test_a_disk_that_fills_up_during_the_save(root, world, kept, small_disk, monkeypatch):
     """A real ENOSPC in DeepSpeed's, our own or safetensors' writing: wherever the disk ends."""
     run, _ = kept
-    monkeypatch.setattr(shelf, "MARGIN", 0.0)  # others took the space after it was looked at
+    monkeypatch.setattr(directory, "MARGIN", 0.0)  # others took the space after it was looked at
     sizes = json.loads((checkpoints(run) / "step-00000008" / "state.json").read_text())["files"]
     for share in (0.1, 0.9):  # in the engines, in the weights at the end
         disk = small_disk(int((2 + share) * sum(sizes.values())))
@@ -184,12 +184,13 @@ def test_a_disk_that_fills_up_during_the_save(root, world, kept, small_disk, mon
         assert sorted(p.name for p in checkpoints(tight).iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_trouble_that_may_pass_is_known_by_its_number(world):
-    together = Together(world)
-    with together.noting():
+def test_deferred_errors_keep_their_number(world):
+    """By which the job script knows those that may be gone at the next start."""
+    errors = DeferredErrors(world)
+    with errors.defer():
         raise OSError(errno.ESTALE, "Stale file handle")
-    assert "Stale file handle" in together.agree() and together.errno == errno.ESTALE
-    assert together.agree() is None
+    assert "Stale file handle" in errors.agree() and errors.errno == errno.ESTALE
+    assert errors.agree() is None
 
 
 def test_a_vanished_file_system_ends_with_the_last_step(root, world, kept, small_disk):
@@ -197,11 +198,11 @@ def test_a_vanished_file_system_ends_with_the_last_step(root, world, kept, small
     run, _ = kept
 
     class Unplugged(support.Interrupted):
-        def update(self, step, meters, until_log):
+        def update(self, step):
             if step == 1:
                 shutil.rmtree(checkpoints(away))
                 checkpoints(away).write_text("not a folder any more")
-            return super().update(step, meters, until_log)
+            return super().update(step)
 
     away = Run(support.tiny(root, str(small_disk(10 * size_of(run))), *QUICK), world)
     with pytest.raises(UserError, match="checkpoint of step 2 could not be saved.*file system"):

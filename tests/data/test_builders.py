@@ -10,8 +10,8 @@ import pytest
 
 from data.digits import PHRASINGS, WORDS, build_digits, caption
 from data.errors import DataError
-from data.image_folder import build_folder
-from data.reader import ShardDataset
+from data.image_folder import build_from_folder
+from data.shard_dataset import ShardDataset
 from data.shard_index import index_file, load_index
 from data.shard_patterns import expand
 from data.shard_writer import write_shards
@@ -69,7 +69,7 @@ def test_writer_does_not_collect_a_shard_in_memory(tmp_path):
 
 def test_writer_names_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be written into .*file"):
+    with pytest.raises(DataError, match="cannot write shards into .*file"):
         write_shards(samples(1), tmp_path / "file", "a")
 
 
@@ -172,7 +172,7 @@ def test_folder_with_a_captions_file(tmp_path, pictures, form):
     }
     file = tmp_path / f"captions.{form}"
     file.write_text(lines[form], encoding="utf-8")
-    report = build_folder(pictures, file, tmp_path / "out", per_shard=2)
+    report = build_from_folder(pictures, file, tmp_path / "out", per_shard=2)
     assert report["samples"] == 3 and report["rejects"] == {"no caption": 1} and len(report["shards"]) == 2
     items = by_file(report["shards"])
     assert {f: i["caption"] for f, i in items.items()} == {
@@ -188,7 +188,7 @@ def test_folder_with_captions_beside(tmp_path, pictures):
     (pictures / "sub" / "v1.2.txt").write_text("two")
     (pictures / "c.png").touch()
     (pictures / "c.txt").write_text("empty image")
-    report = build_folder(pictures, None, tmp_path / "out")
+    report = build_from_folder(pictures, None, tmp_path / "out")
     assert report["samples"] == 2
     assert report["rejects"] == {"caption is not UTF-8": 1, "no caption": 1, "empty image file": 1}
     tar = report["shards"][0].read_bytes()
@@ -197,20 +197,20 @@ def test_folder_with_captions_beside(tmp_path, pictures):
 
 def test_folder_mistakes(tmp_path, pictures):
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="none of its 4 images can be used: 4 x no caption"):
-        build_folder(pictures, None, out)
+    with pytest.raises(DataError, match="none of its 4 images is usable: 4 x no caption"):
+        build_from_folder(pictures, None, out)
     with pytest.raises(DataError, match="nowhere does not exist"):
-        build_folder(tmp_path / "nowhere", None, out)
+        build_from_folder(tmp_path / "nowhere", None, out)
     for name, text, named in [
         ("c.jsonl", '{"file": "a", "caption": "b"}\n{"file": "a"}', "line 2"),
         ("c.tsv", "a\tb\nc", "line 2"),
         ("c.json", '{"a":\n', "line 2"),
-        ("d.json", "[1]", "one object"),
+        ("d.json", "[1]", "single object"),
         ("c.csv", "a,b", "unknown"),
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=f"{name}.*{named}"):
-            build_folder(pictures, tmp_path / name, out)
+            build_from_folder(pictures, tmp_path / name, out)
 
 
 def test_validate(shards):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import decode, fit
+from data.images import decode, resize_and_crop
 
 
 def test_exif_orientation(encode):
@@ -51,18 +51,18 @@ def test_broken_files_raise(encode, form):
             decode(broken)
 
 
-def test_fit_crops_the_centre():
+def test_the_crop_is_the_centre():
     image = torch.zeros(3, 8, 20, dtype=torch.uint8)
     image[:, :, 6:14] = 255
-    square, corner = fit(image, 8)
+    square, corner = resize_and_crop(image, 8)
     assert corner == (0, 6) and square.shape == (3, 8, 8) and square.dtype == torch.float32
     assert (square == 1).all()
-    assert (fit(torch.zeros(3, 8, 8, dtype=torch.uint8), 8)[0] == -1).all()
+    assert (resize_and_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 8)[0] == -1).all()
 
 
-def test_fit_resizes_as_pillow_does():
+def test_resizing_is_pillows():
     pixels = np.random.default_rng(0).integers(0, 255, (48, 32, 3), dtype=np.uint8)
-    square, corner = fit(torch.from_numpy(pixels).permute(2, 0, 1), 16)
+    square, corner = resize_and_crop(torch.from_numpy(pixels).permute(2, 0, 1), 16)
     wanted = np.asarray(Image.fromarray(pixels).resize((16, 24), Image.Resampling.BICUBIC))[4:20]
     assert corner == (4, 0)
     difference = (square + 1) * 127.5 - torch.from_numpy(wanted.copy()).permute(2, 0, 1)

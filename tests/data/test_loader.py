@@ -12,15 +12,15 @@ import torch
 
 from data.errors import DataError
 from data.loader import Batches
-from data.reader import ShardDataset
+from data.sampling_order import BatchSplit
+from data.shard_dataset import ShardDataset
 from trainer.entry import guarded
 
 
 def steps(tars, n, world, micro_batch, accumulation=1, **options):
     """Per step: {place in the global batch: caption}, over all ranks."""
-    ranks = [
-        Batches(ShardDataset(tars, 8, seed=3), r, world, micro_batch, accumulation, **options) for r in range(world)
-    ]
+    split = BatchSplit(world, micro_batch, accumulation)
+    ranks = [Batches(ShardDataset(tars, 8, seed=3), split, rank, **options) for rank in range(world)]
     result = []
     for _ in range(n):
         step = {}
@@ -57,7 +57,7 @@ def test_steps_that_nobody_reads_move_no_sample(shards, monkeypatch):
     monkeypatch.setattr(ShardDataset, "read", lambda self, row: read.append(row) or real(self, row))
     for start in (0, 1, 3, 4):  # also between two steps that are read
         read.clear()
-        batches = Batches(ShardDataset(tars, 8, seed=3), 0, 1, 2, 2, start, every=3)
+        batches = Batches(ShardDataset(tars, 8, seed=3), BatchSplit(1, 2, 2), 0, start, every=3)
         for step in range(start, 7):
             for part, batch in enumerate(islice(batches, 2)):
                 due = [wanted[step][i] for i in batch.index] if step % 3 == 0 else []
@@ -82,7 +82,7 @@ def test_resume_is_exact_and_reads_nothing_again(shards, workers, monkeypatch):
 
 def test_workers_outlive_signals_that_are_for_the_trainer(shards):
     """The trainer still reads until it has saved, and Ctrl-C or a preemption reaches the whole group."""
-    batches = Batches(ShardDataset(shards(20), 8), 0, 1, 2, workers=2)
+    batches = Batches(ShardDataset(shards(20), 8), BatchSplit(1, 2), 0, workers=2)
     workers = multiprocessing.active_children()  # that may have run no line yet
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for worker in workers:
@@ -105,7 +105,7 @@ def test_if_not_all_workers_can_be_begun_none_is_left(shards, monkeypatch):
 
     monkeypatch.setattr(multiprocessing.Process, "start", start)
     with pytest.raises(OSError, match="temporarily unavailable"):
-        Batches(ShardDataset(shards(20), 8), 0, 1, 2, workers=2)
+        Batches(ShardDataset(shards(20), 8), BatchSplit(1, 2), 0, workers=2)
     begun[0].join(20)
     assert begun[0].exitcode == -signal.SIGKILL
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
@@ -119,7 +119,7 @@ def test_a_file_system_that_may_come_back_is_no_mistake(shards, workers, monkeyp
         raise DataError("shard x: Stale file handle") from OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(ShardDataset, "__getitem__", stale)
-    batches = Batches(ShardDataset(shards(20), 8), 0, 1, 2, workers=workers)
+    batches = Batches(ShardDataset(shards(20), 8), BatchSplit(1, 2), 0, workers=workers)
     try:
         assert guarded(lambda: next(batches), debug=False) == 1
         assert "disback: shard x: Stale file handle" in capfd.readouterr().err
@@ -129,7 +129,7 @@ def test_a_file_system_that_may_come_back_is_no_mistake(shards, workers, monkeyp
 
 def test_workers_change_nothing(shards):
     tars = shards(20, change={4: {"png": b"broken"}, 9: {"txt": b"\xff"}})
-    alone, helped = (Batches(ShardDataset(tars, 8), 0, 1, 4, workers=w) for w in (0, 2))
+    alone, helped = (Batches(ShardDataset(tars, 8), BatchSplit(1, 4), 0, workers=w) for w in (0, 2))
     skipped = Counter()
     for a, b in islice(zip(alone, helped, strict=True), 10):
         assert (a.captions, a.meta, a.index, a.skipped) == (b.captions, b.meta, b.index, b.skipped)
@@ -144,10 +144,10 @@ def test_workers_change_nothing(shards):
 
 def test_shapes(shards):
     tars = shards(20)
-    batch = next(Batches(ShardDataset(tars, 12), 0, 1, 4))
+    batch = next(Batches(ShardDataset(tars, 12), BatchSplit(1, 4), 0))
     assert batch.images.shape == (4, 3, 12, 12) and batch.images.dtype == torch.float32
     assert batch.original_sizes.tolist() == [[8, 8]] * 4 and batch.crops.tolist() == [[0, 0]] * 4
-    batch = next(Batches(ShardDataset(tars, 12, want={"caption"}), 0, 1, 4))
+    batch = next(Batches(ShardDataset(tars, 12, want={"caption"}), BatchSplit(1, 4), 0))
     assert batch.images is batch.original_sizes is batch.crops is None
 
 
@@ -156,14 +156,14 @@ def test_the_global_random_state_is_left_alone(shards):
     torch.manual_seed(0)
     wanted = torch.rand(3)
     torch.manual_seed(0)
-    next(Batches(dataset, 0, 1, 4))
+    next(Batches(dataset, BatchSplit(1, 4), 0))
     assert torch.equal(torch.rand(3), wanted)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_workers_stay_one_line(shards, workers):
     tars = shards(20, change={i: {"png": b"broken"} for i in range(20)})
-    batches = Batches(ShardDataset(tars, 8), 0, 1, 4, workers=workers)
+    batches = Batches(ShardDataset(tars, 8), BatchSplit(1, 4), 0, workers=workers)
     with pytest.raises(DataError, match="20 x image does not decode") as error:
         next(batches)
     assert "\n" not in str(error.value)
@@ -171,7 +171,7 @@ def test_errors_of_workers_stay_one_line(shards, workers):
 
 
 def test_closing(shards):
-    batches = Batches(ShardDataset(shards(20), 8), 0, 1, 4, workers=1)
+    batches = Batches(ShardDataset(shards(20), 8), BatchSplit(1, 4), 0, workers=1)
     next(batches)
     batches.close()
     batches.close()
@@ -184,4 +184,4 @@ def test_impossible_splits(shards):
     dataset = ShardDataset(shards(20), 8)
     for rank, world, micro_batch in [(2, 2, 4), (0, 1, 0), (-1, 1, 4)]:
         with pytest.raises(ValueError):
-            Batches(dataset, rank, world, micro_batch)
+            Batches(dataset, BatchSplit(world, micro_batch), rank)

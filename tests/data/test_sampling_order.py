@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.sampling_order import Order, epoch_permutation, micro_batch_positions
+from data.sampling_order import BatchSplit, SampleOrder, epoch_permutation
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
@@ -19,19 +19,15 @@ def test_order_known_value():
     assert epoch_permutation(8, 0, 0).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
 
 
-def test_order_can_be_asked_in_any_sequence():
-    order = Order(7, seed=1)
-    forward = [order.sample(p) for p in range(21)]
-    assert [order.sample(p) for p in reversed(range(21))] == forward[::-1]
+def test_order_is_the_same_in_any_sequence_of_reads():
+    order = SampleOrder(7, seed=1)
+    forward = [order.row(p) for p in range(21)]
+    assert [order.row(p) for p in reversed(range(21))] == forward[::-1]
     assert forward[7:14] == epoch_permutation(7, 1, 1).tolist()
 
 
 @pytest.mark.parametrize("world, micro_batch, accumulation", [(1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)])
 def test_splits_cover_a_step_once(world, micro_batch, accumulation):
-    seen = [
-        p
-        for part in range(accumulation)
-        for rank in range(world)
-        for p in micro_batch_positions(5, part, rank, world, micro_batch, accumulation)
-    ]
+    split = BatchSplit(world, micro_batch, accumulation)
+    seen = [p for part in range(accumulation) for rank in range(world) for p in split.positions(5, part, rank)]
     assert seen == list(range(40, 48))

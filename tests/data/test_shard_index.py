@@ -21,7 +21,7 @@ def test_offsets_lead_to_the_bytes(shards):
     index, raw = build_index(tar), tar.read_bytes()
     assert index.keys.tolist() == [b"k%04d" % i for i in range(5)]
     assert index.extensions == ["json", "png", "txt"]
-    offset, size = index.member(["txt"])
+    offset, size = index.locate(["txt"])
     assert [raw[o : o + s] for o, s in zip(offset, size, strict=True)] == [b"c%d" % i for i in range(5)]
     assert index.offset[3, 0] == index.size[3, 0] == -1
     assert index.offset.dtype == index.size.dtype == np.int64
@@ -53,7 +53,7 @@ def test_truncated_inside_a_member(shards):
 def test_truncated_between_members(shards):
     tar = shards(10)[0]
     os.truncate(tar, member_bytes(tar, "k0007.png"))
-    with pytest.raises(DataError, match="truncated .* end mark is missing; the last whole member is k0006.json"):
+    with pytest.raises(DataError, match="truncated .* without its end mark; the last complete member is k0006.json"):
         load_index(tar)
 
 
@@ -64,7 +64,7 @@ def test_corrupt_header(shards, damage):
     at = member_bytes(tar, "k0004.png")
     raw[at : at + 512] = damage * 512
     tar.write_bytes(raw)
-    with pytest.raises(DataError, match=f"corrupt header at byte {at}; the last whole member is k0003.json"):
+    with pytest.raises(DataError, match=f"corrupt header at byte {at}; the last complete member is k0003.json"):
         load_index(tar)
 
 
@@ -97,17 +97,17 @@ def test_links_are_refused(tmp_path):
 
 def test_rejects_are_counted(shards):
     index = build_index(shards(10, change={1: {"txt": None}, 2: {"txt": b""}, 3: {"png": None}})[0])
-    rows, rejects = usable_rows(index, "txt", ["jpg", "png"])
+    rows, rejects = usable_rows(index, {"caption": ["txt"], "image": ["jpg", "png"]})
     assert rows.tolist() == [0, 4, 5, 6, 7, 8, 9]
     assert rejects == {"no caption (.txt)": 2, "no image (.jpg, .png)": 1}
-    rows, rejects = usable_rows(index, "txt", None)
+    rows, rejects = usable_rows(index, {"caption": ["txt"]})
     assert len(rows) == 8 and rejects.total() == 2
 
 
 def test_all_rejected_is_an_error(shards):
     tar = shards(10, change={i: {"txt": None} for i in range(10)})[0]
     with pytest.raises(DataError, match=rf"{tar}: none of its 10 samples .* 10 have no caption \(.txt\)"):
-        usable_rows(load_index(tar), "txt", ["png"])
+        usable_rows(load_index(tar), {"caption": ["txt"], "image": ["png"]})
 
 
 def test_saved_index_is_used_and_a_stale_one_rebuilt(shards, monkeypatch):

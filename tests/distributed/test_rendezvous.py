@@ -1,4 +1,4 @@
-"""The check of all nodes at the start: who does not answer, cannot compute or hangs is named, within the time limit."""
+"""The check of all nodes at the start: a node that does not answer, cannot compute or hangs is named within the limit."""
 
 import os
 import socket
@@ -9,35 +9,31 @@ import time
 import pytest
 import support
 
-from trainer.distributed.job import leave_word
-from trainer.distributed.rendezvous import interface_toward, meet
+from trainer.distributed.job import write_exit_status
+from trainer.distributed.rendezvous import interface_toward, join_process_group
 from trainer.errors import UserError
 
-# A rank of its own, without DeepSpeed, which is slow to import: the CPU is all of it that `meet` asks for.
+# One rank, without DeepSpeed, which is slow to import: all that is asked of it is the accelerator's name.
 RANK = """
 import time
-from trainer.distributed.world import rendezvous
+from trainer.distributed import rendezvous
 
 class Cpu:
     def device_name(self):
         return "cpu"
 
-def check():
-    if {broken}:
-        raise rendezvous.UserError("no compiler")
-
 if {hangs}:
     rendezvous.dist.init_process_group = lambda *a, **k: time.sleep(60)
-rendezvous.environment()
+rendezvous.set_environment()
 try:
-    rendezvous.meet(Cpu(), "gloo", check)
+    rendezvous.join_process_group(Cpu(), "gloo")
 except (rendezvous.UserError, rendezvous.NodeTrouble) as error:
     print(type(error).__name__, getattr(error, "speaks", ""), error)
 """
 
 
 def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = (), seconds: int = 20) -> list[str]:
-    """What the started ranks of `size`, all on nodes of their own, found: kind of error, who says it, message."""
+    """The kind of error, who prints it, and the message, of each started rank of `size`; every rank is on its own node."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,8 +44,10 @@ def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = (
     }  # fmt: skip
     processes = {
         r: subprocess.Popen(
-            [sys.executable, "-c", RANK.format(broken=r in broken, hangs=r in hangs)],
-            env=env | {"RANK": str(r), "SLURMD_NODENAME": f"node{r}", "SLURM_NODEID": str(r)},
+            [sys.executable, "-c", RANK.format(hangs=r in hangs)],
+            env=env
+            | {"RANK": str(r), "SLURMD_NODENAME": f"node{r}", "SLURM_NODEID": str(r)}
+            | ({"SLURM_GPUS_ON_NODE": "8"} if r in broken else {}),  # a job on GPUs that torch does not see
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -79,10 +77,12 @@ def test_rank_0_never_comes(tmp_path):
 def test_one_node_that_cannot_compute_is_not_the_users_mistake_but_all_are(tmp_path, broken, kind):
     said = ranks(tmp_path, 2, 0, 1, broken=broken)
     if kind == "one node":
-        assert [f"NodeTrouble {rank == 0} node node1: no compiler\n" for rank in (0, 1)] == said
+        expected = "node node1: the job asked for GPUs (8 a node), but torch sees none"
+        assert all(text.startswith(f"NodeTrouble {rank == 0} {expected}") for rank, text in enumerate(said)), said
         assert (tmp_path / "bad-nodes").read_text() == "node1\n"
     else:
-        assert said == ["UserError  every node: no compiler\n"] * 2
+        expected = "UserError  every node: the job asked for GPUs (8 a node), but torch sees none"
+        assert all(text.startswith(expected) for text in said), said
         assert not (tmp_path / "bad-nodes").exists()
 
 
@@ -107,15 +107,15 @@ def test_a_port_in_use(monkeypatch):
         for name, value in values.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=f"port {port} cannot be used on node .*set another MASTER_PORT"):
-            meet(type("Cpu", (), {"device_name": lambda self: "cpu"})(), "gloo", lambda: None)
+            join_process_group(type("Cpu", (), {"device_name": lambda self: "cpu"})(), "gloo")
 
 
-def test_the_first_word_is_heard(tmp_path, monkeypatch):
+def test_the_first_exit_status_stands(tmp_path, monkeypatch):
     monkeypatch.setenv("DISBACK_JOB_FOLDER", str(tmp_path))
-    leave_word(0, "fine")
+    write_exit_status(0, "fine")
     assert not os.listdir(tmp_path)
-    leave_word(2, "the cause")
-    leave_word(1, "the consequence")
+    write_exit_status(2, "the cause")
+    write_exit_status(1, "the consequence")
     assert (tmp_path / "exit").read_text() == "2 the cause\n"
 
 

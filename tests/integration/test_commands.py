@@ -87,24 +87,6 @@ def test_unwritable_run_folder(root, tmp_path):
     refused(support.verb("record", *TINY, *flags), f"{tmp_path}/file/run", "cannot be written")
 
 
-def test_no_compiler(root, tmp_path):
-    """An empty PATH and an empty cache of extensions: DeepSpeed's CPU kernel can be neither found nor built."""
-    flags = [*support.places(root, "bad"), f"path={tmp_path}/p"]
-    env = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext")}
-    refused(support.verb("record", *TINY, *flags, **env), "C++ compiler", "g++")
-
-
-def test_stale_lock_of_a_killed_build(root, tmp_path):
-    folder = tmp_path / "ext" / "deepspeed_shm_comm"
-    folder.mkdir(parents=True)
-    (folder / "lock").write_text("")
-    os.utime(folder / "lock", (0, 0))
-    done = support.verb(
-        "record", *TINY, *support.places(root, "bad"), f"path={tmp_path}/p", TORCH_EXTENSIONS_DIR=str(tmp_path / "ext")
-    )
-    refused(done, f"{folder / 'lock'}", "remove")
-
-
 def test_debug_shows_the_traceback():
     done = support.verb("record", *TINY, "sed=1", "--debug")
     assert done.returncode == 2 and "Traceback" in done.stderr

@@ -10,15 +10,16 @@ import torch
 from ranks_elastic import elastic_flags, pretraining, stop_recording, stop_training
 from torch import Tensor
 
-from data.sampling_order import Split
+from data.sampling_order import BatchSplit
 from models.pipeline import load_network
 from trainer.backtrack import Backtracking
 from trainer.checkpoint.checkpoint import Checkpoints
-from trainer.checkpoint.reshard_optimizer import MASTER, MOMENTS, SavedRole
-from trainer.checkpoint.reshard_state import merge_meters, redeal, reslice
+from trainer.checkpoint.reshard_state import redeal, reslice
+from trainer.engine.deepspeed_internals import MASTER, MOMENTS, SavedEngine
 from trainer.errors import UserError
 from trainer.record import record
 from trainer.training.loop import train
+from trainer.training.metrics import Meters
 from trainer.training.run import Run
 
 
@@ -99,7 +100,7 @@ def test_lost_moments_would_be_seen(root, world, whole):
 def saved_whole(folder: Path, role: str, names: list[str]) -> dict[tuple[str, str], Tensor]:
     """Every master weight and moment of a checkpoint, put together from all ranks."""
     zero = json.loads((folder / "state.json").read_text())["zero"][role]
-    saved = SavedRole(folder / "engines" / role, zero["stage"], names)
+    saved = SavedEngine(folder / "engines" / role, zero["stage"], names)
     parts = {n: sorted((p for p in saved.pieces[n] if p.start < p.end), key=lambda p: p.start) for n in names}
     return {(n, key): torch.cat([p.values[key] for p in parts[n]]) for n in names for key in (MASTER, *MOMENTS)}
 
@@ -128,7 +129,7 @@ def test_recut_to_the_bit(root, world, by_two, name, stage, precision, tmp_path)
     step, state = checkpoints.load(stage_.regroup)
     stage_.load_state_dict(state["stage"])
     before = stage_.generator.state_dict()
-    Checkpoints(tmp_path, world, stage_.roles, stage_.identity, stage_.split, keep).save(step, state, None)
+    Checkpoints(tmp_path, world, stage_.roles, stage_.identity, stage_.split, keep).save(step, state, lambda: None)
     stage_.close()
     old, new = folder / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000003"
     names = [key for key, _ in stage_.generator.trained_parameters()]
@@ -190,7 +191,7 @@ def test_a_batch_that_does_not_divide_is_refused(root, world):
 
 
 def test_rows_are_dealt_by_their_place_in_the_global_batch():
-    old, new = Split(2, 2, 3), Split(3, 4, 1)
+    old, new = BatchSplit(2, 2, 3), BatchSplit(3, 4, 1)
     parts = [[{"x": torch.tensor(list(old.rows(p, r)))} for p in range(3)] for r in range(2)]
     for rank in range(3):
         (part,) = redeal(parts, old, new, rank)
@@ -214,5 +215,5 @@ def test_pieces_are_cut_anew_whoever_held_them():
 def test_meters_keep_the_mean_over_steps():
     """Two ranks, two micro-steps a step; then one rank, one micro-step: three steps' mean, each counting alike."""
     states = [{"sums": {"loss": 6.0}, "counts": {"loss": 4}}, {"sums": {"loss": 10.0}, "counts": {"loss": 4}}]
-    merged = merge_meters(states, Split(2, 2, 2), Split(1, 8, 1))
+    merged = Meters.regrouped(states, BatchSplit(2, 2, 2), BatchSplit(1, 8, 1))
     assert (merged["sums"]["loss"] + 5.0) / (merged["counts"]["loss"] + 1) == pytest.approx((2.0 + 2.0 + 5.0) / 3)

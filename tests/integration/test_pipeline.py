@@ -20,7 +20,7 @@ from models.settings import MiniatureSettings
 from models.tokenizer import clip_tokenizer
 from models.validate import check_pipeline
 from trainer.backtrack import backtrack
-from trainer.engine.save_weights import save_folder
+from trainer.engine.save_weights import Snapshot
 from trainer.engine.weights import Weights
 from trainer.evaluation.sources import find_source
 from trainer.training.run import Run
@@ -104,7 +104,7 @@ def test_many_images_are_decoded_in_pieces(root, monkeypatch):
     sampler = Sampler.load(root / "base" / "pipeline", 8, torch.float32, torch.device("cpu"))
     latents, images = torch.randn(5, *sampler.latent_shape), torch.rand(5, 3, 8, 8) * 2 - 1
     whole = sampler.decode(latents), *sampler.posterior(images)
-    monkeypatch.setattr("models.sampler.DECODED_PIXELS", 2 * 8**2)
+    monkeypatch.setattr("models.sampler.VAE_PIXELS", 2 * 8**2)
     parts = sampler.decode(latents), *sampler.posterior(images)
     assert (whole[0].int() - parts[0].int()).abs().max() <= 1  # a byte may be cut off either way
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole[1:], parts[1:], strict=True))
@@ -119,7 +119,7 @@ def test_incomplete_pipelines_are_refused(root, tmp_path):
 
 def test_saved_folders_load_in_diffusers_and_hash_alike(root, tmp_path):
     unet = load_network(root / "base" / "pipeline" / "unet")
-    save_folder(unet.state_dict(), dict(unet.config), tmp_path / "u", torch.float32)
+    Snapshot.of_network(unet.state_dict(), dict(unet.config)).write(tmp_path / "u")
     again = UNet2DConditionModel.from_pretrained(tmp_path / "u")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in unet.state_dict().items())
     assert dict(again.config)["block_out_channels"] == dict(unet.config)["block_out_channels"]

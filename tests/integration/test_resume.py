@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_refused(root, world):
     assert support.backtrack_weights(run, signal_at=(2,)) is None
     file = next((run.folder / "backtrack" / "checkpoints" / "step-00000002").rglob("*model_states.pt"))
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"step-00000002 is damaged \(.*model_states.pt.*no older whole one"):
+    with pytest.raises(UserError, match=r"step-00000002 is damaged \(.*model_states.pt.*no older intact one"):
         support.backtrack_weights(support.single(root, "damaged-checkpoint", world))
 
 

@@ -2,28 +2,29 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import support
+import yaml
 
-from trainer.status import main, progress, run_status
+from trainer.status import main, page, progress, run_status
+from trainer.training.progress import FILE, Progress
 
-
-@pytest.fixture
-def run(root, tmp_path):
-    """A copy of the recorded run that may be changed."""
-    return shutil.copytree(root / "base", tmp_path / "base")
+LINE = {"step_seconds": 2.0, "images_per_second": 64.0, "target_node": None}
 
 
-def test_a_finished_run(run, capsys):
+def test_a_finished_run(root, capsys):
+    """What real training leaves behind."""
+    run = root / "base"
     status = run_status(run)
     assert status["stage"] == "record" and status["state"] == "finished" and status["step"] == status["steps"] == 8
     assert status["percent"] == 100 and status["checkpoint"] == "step-00000008" and status["restarts"] == 0
     assert set(status["stages"]) == {"autoencoder", "pretrain", "record"}
+    assert all((run / stage / FILE).exists() for stage in status["stages"])
     assert main([str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images_per_second"] == status["images_per_second"] > 0
     assert main([str(run)]) == 0
@@ -31,40 +32,94 @@ def test_a_finished_run(run, capsys):
     assert printed.count(" finished ") == 3 and "checkpoint step-00000008" in printed
 
 
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run folder as the trainer leaves it at step 4 of 8 of recording, its log not fit for reading."""
+    folder = tmp_path / "run"
+    (folder / "record").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"path": "", "record": {"steps": 8, "loop": {"log_every": 2}}}))
+    (folder / "record" / "log.txt").write_bytes(b"\0 WARNING \xff\nresumed from\nstopped by a signal")
+    Progress(folder / "record", "record", 8, 2, True, None).line(2, LINE)
+    Progress(folder / "record", "record", 8, 2, True, 2).line(4, LINE)
+    (folder / "record" / "LATEST").write_text("step-00000004\n")
+    return folder
+
+
+def age(folder: Path, seconds: float, *names: str) -> None:
+    for name in names or (FILE, "log.txt", "metrics.jsonl", "LATEST"):
+        if (folder / name).exists():
+            os.utime(folder / name, (time.time() - seconds,) * 2)
+
+
 def test_a_run_in_the_middle(run):
-    """Half of the lines, the last one being written; then silence; then a stop on a signal."""
-    shutil.rmtree(run / "path")
-    text = (run / "config.yaml").read_text().splitlines()
-    (run / "config.yaml").write_text("\n".join(line for line in text if not line.startswith("path:")))  # the run's own
     folder = run / "record"
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
-    (folder / "LATEST").write_text("step-00000004\n")
-    log = (folder / "log.txt").read_text()
-    (folder / "log.txt").write_text(log + "t WARNING record, step 4: it is slow\nt INFO resumed from step-00000004\n")
     status = run_status(run)
     assert status["state"] == "running" and status["step"] == 4 and status["percent"] == 50
-    pace = json.loads(lines[1])["step_seconds"]
-    assert status["eta_seconds"] == round(4 * pace)
-    assert status["restarts"] == 1 and status["warnings"] == ["record, step 4: it is slow"]
+    assert status["eta_seconds"] == 8 and status["images_per_second"] == 64 and status["target_node"] is None
+    assert status["restarts"] == 1 and status["warnings"] == [] and status["checkpoint"] == "step-00000004"
     assert progress(run, "record") == "record step-00000004"
-    assert progress(run, "pretrain") == "autoencoder step-00000008, pretrain step-00000008"
+    assert progress(run, "pretrain") == "no checkpoint"
     assert progress(run, "evaluate") == "0 evaluations"
-    old = time.time() - 7200
-    for name in ("log.txt", "metrics.jsonl", "LATEST"):
-        os.utime(folder / name, (old, old))
-    status = run_status(run)["stages"]["record"]
-    assert status["state"] == "stalled" and 7190 < status["silent_seconds"] < 7300
-    with (folder / "log.txt").open("a") as stream:
-        stream.write("t INFO record: stopped by a signal; saved x; run the same command again to go on\n")
-    assert run_status(run)["state"] == "stopped"
+    age(folder, 500)
+    assert run_status(run)["state"] == "running"
+    age(folder, 700)
+    status = run_status(run)
+    assert status["state"] == "stalled" and 690 < status["silent_seconds"] < 800
+    assert status["checkpoint_age_seconds"] == pytest.approx(status["silent_seconds"], abs=5)
+    assert "nothing written for 11 min" in page(status)
 
 
-def test_mistakes_and_no_torch(run, tmp_path):
-    assert "no stage has written here" in support.verb("status", str(tmp_path / "none")).stderr
-    assert support.verb("status").returncode == 2
+def test_the_end_of_a_run(run):
+    """Stopped or failed is what the trainer said last, unless the log shows a new start; finished needs the result."""
+    folder = run / "record"
+    trainer = Progress(folder, "record", 8, 2, True, 4)
+    trainer.warn("step 4: it is slow")
+    trainer.end("stopped")
+    age(folder, 7200)
+    status = run_status(run)
+    assert status["state"] == "stopped" and status["warnings"] == ["step 4: it is slow"] and status["restarts"] == 2
+    assert "the same command" in page(status) and "1 warnings" in page(status) and "slow" in page(status)
+    age(folder, 5, "log.txt")  # started again, still loading
+    assert run_status(run)["state"] == "running"
+    trainer.end("failed", "a gradient was not finite")
+    status = run_status(run)
+    assert status["state"] == "failed" and "a gradient was not finite" in page(status)
+    trainer.line(8, LINE)
+    trainer.end("finished")
+    assert run_status(run)["state"] == "running"  # the nodes are not chosen yet
+    (run / "path").mkdir()
+    (run / "path" / "path.json").write_text("{}")
+    assert run_status(run)["state"] == "finished"
+
+
+def test_a_run_of_an_earlier_version(run):
+    """No status.json: the last whole metrics line with a speed, and LATEST."""
+    folder = run / "record"
+    (folder / FILE).unlink()
+    lines = [{"step": 2} | LINE, {"step": 3} | LINE, {"step": 4, "step_seconds": None}, {"step": 6} | LINE]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "metrics.jsonl").write_text(text[:-10])  # the last one is being written
+    status = run_status(run)
+    assert (status["state"], status["step"], status["steps"], status["checkpoint"]) == (
+        "running",
+        4,
+        8,
+        "step-00000004",
+    )
+    assert status["restarts"] == 0 and status["warnings"] == []
+    (folder / "LATEST").unlink()
+    assert run_status(run)["step"] == 3
+    age(folder, 7200)
+    assert run_status(run)["state"] == "stalled"
+    (folder / "metrics.jsonl").unlink()
+    assert run_status(run)["step"] == 0 and "no checkpoint yet" in page(run_status(run))
+
+
+def test_mistakes_and_no_torch(run, tmp_path, capsys):
+    assert main([str(tmp_path / "none")]) == 2 and "no stage has written here" in capsys.readouterr().err
+    assert main([]) == 2
     call = [sys.executable, "-X", "importtime", "-m", "trainer.cli", "status", str(run)]
     done = subprocess.run(call, capture_output=True, text=True, env=support.environment())
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert done.returncode == 0 and "yaml" in imported
-    assert not imported & {"torch", "deepspeed", "numpy", "pydantic", "diffusers"}
+    assert not imported & {"torch", "deepspeed", "numpy", "diffusers"}

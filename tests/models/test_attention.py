@@ -7,7 +7,15 @@ import support
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
-from models.attention import KERNELS, attention_shapes, choose, install, obstacle, prefer, report, selected
+from models.attention import (
+    KERNELS,
+    attention_shapes,
+    choose_kernel,
+    install_processors,
+    kernel_report,
+    prefer_kernel,
+    try_kernel,
+)
 from models.compile import compile_blocks
 from models.conditioning import Conditioning
 from models.denoise import predict
@@ -35,6 +43,14 @@ def inputs(device="cpu", batch=BATCH):
     return x, t, Conditioning(states, pooled, ids)
 
 
+def selected(shape, dtype, device):
+    """The kernel that PyTorch itself would now choose for a shape."""
+    sizes = (shape.queries, shape.keys, shape.keys)
+    query, key, value = (torch.empty(1, 1, n, shape.head_size, dtype=dtype, device=device) for n in sizes)
+    number = torch._fused_sdp_choice(query, key, value)
+    return next((name for name, kernel in KERNELS.items() if int(kernel) == number), "none")
+
+
 def shapes_of(unet):
     return attention_shapes(unet, lambda twin: predict(twin, *inputs("meta", 1)))
 
@@ -50,10 +66,10 @@ def test_shapes_are_the_networks(unet):
 def test_kernels_agree_with_diffusers(unet, kernel, dtype):
     plain = copy.deepcopy(unet).to(dtype)
     ours = copy.deepcopy(plain)
-    assert install(ours, kernel) == 8  # four transformer blocks, two attentions each
+    assert install_processors(ours, kernel) == 8  # four transformer blocks, two attentions each
     expected = predict(plain, *inputs())
     expected.square().mean().backward()
-    with prefer(kernel, CPU):
+    with prefer_kernel(kernel, CPU):
         assert {selected(shape, dtype, CPU) for shape in shapes_of(unet)} == {kernel}
         result = predict(ours, *inputs())
         result.square().mean().backward()
@@ -66,16 +82,16 @@ def test_kernels_agree_with_diffusers(unet, kernel, dtype):
 def test_the_choice_of_the_process_comes_back(unet):
     shape = shapes_of(unet)[0]
     before = selected(shape, torch.float32, CPU)
-    with prefer("math", CPU):
+    with prefer_kernel("math", CPU):
         assert selected(shape, torch.float32, CPU) == "math" != before
     assert selected(shape, torch.float32, CPU) == before
 
 
 def test_auto_says_what_runs_and_why_not_the_others(unet):
     shapes = tuple(shapes_of(unet))
-    name, others = choose("auto", shapes, torch.float32, CPU)
+    name, others = choose_kernel("auto", shapes, torch.float32, CPU)
     assert name == "flash" and set(others) == {"cudnn", "efficient", "math", "xformers"}
-    lines = report(name, others, list(shapes), torch.float32)
+    lines = kernel_report(name, others, list(shapes), torch.float32)
     assert lines[0].startswith("attention: flash (float32; head size 48")
     assert any("not cudnn" in line and "no such kernel for this device" in line for line in lines)
     assert all("\n" not in line for line in lines)
@@ -86,13 +102,13 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(unet, asked):
     with pytest.raises(
         ModelError, match=rf"network.attention={asked} cannot run here \(cpu, float32, .*: use auto"
     ) as e:
-        choose(asked, tuple(shapes_of(unet)), torch.float32, CPU)
+        choose_kernel(asked, tuple(shapes_of(unet)), torch.float32, CPU)
     assert "\n" not in str(e.value)
 
 
-def test_a_kernel_with_wrong_results_is_an_obstacle(unet, monkeypatch):
+def test_a_kernel_with_wrong_results_is_refused(unet, monkeypatch):
     shape = shapes_of(unet)[0]
-    assert obstacle("flash", shape, torch.float32, CPU) is None
+    assert try_kernel("flash", shape, torch.float32, CPU) is None
     real = torch.nn.functional.scaled_dot_product_attention
 
     def wrong(query, key, value):
@@ -100,8 +116,8 @@ def test_a_kernel_with_wrong_results_is_an_obstacle(unet, monkeypatch):
         return real(query, key, value) * (1.1 if flash else 1.0)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
-    assert "off by" in obstacle("flash", shape, torch.float32, CPU)
-    assert obstacle("math", shape, torch.float32, CPU) is None and set(KERNELS) >= {"flash", "math"}
+    assert "off by" in try_kernel("flash", shape, torch.float32, CPU)
+    assert try_kernel("math", shape, torch.float32, CPU) is None and set(KERNELS) >= {"flash", "math"}
 
 
 def test_roles_that_cannot_be_laid_out_or_compiled(shards, pipeline, world):

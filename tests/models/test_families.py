@@ -19,12 +19,12 @@ from models.families import FAMILIES, family_of
 from models.miniature import build_miniature
 from models.multistep import Student
 from models.pipeline import load_network
-from models.profile_flops import forward_flops
+from models.profile import pass_flops
 from models.sampler import ImageNoise, Sampler
 from models.settings import MiniatureSettings
 from trainer.backtrack import backtrack
 from trainer.evaluation.sources import find_source
-from trainer.plan import make_plan
+from trainer.planner.summary import Cluster, make_plan
 from trainer.pretrain import pretrain
 from trainer.record import record
 from trainer.training.run import Run
@@ -113,7 +113,7 @@ def test_teacher_samples_as_in_diffusers(pipelines, tmp_path, case):
     sampler = Sampler.load(folder, 8, torch.float32, CPU)
     network = load_network(folder / family_of(folder).part).eval()
     z = ImageNoise(5, [0, 1], sampler.latent_shape, CPU).draw()
-    ours = sampler.many_steps(network, PROMPTS, z, 4, 5.0).permute(0, 2, 3, 1)
+    ours = sampler.diffusion_images(network, PROMPTS, z, 4, 5.0).permute(0, 2, 3, 1)
     pipe = plain(folder, **parts)
     theirs = pipe(PROMPTS, num_inference_steps=4, guidance_scale=5.0, generator=generators(), output_type="pt").images
     assert theirs.std() > 0.01
@@ -132,8 +132,8 @@ def test_flops_are_those_of_the_network(pipelines, kind):
     # The counter knows no fused attention of the CPU: take it apart into products.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         predict(network, torch.zeros(1, *sampler.latent_shape), torch.tensor([7]), cond)
-    counted = forward_flops(dict(network.config), sampler.latent_shape, sampler.text.tokens)
-    assert counted == counter.get_total_flops() > 1e5
+    counted = pass_flops(dict(network.config), sampler.latent_shape, sampler.text.tokens)
+    assert counted.forward == counter.get_total_flops() > 1e5
     assert len(cond.states[0]) == sampler.text.tokens
 
 
@@ -173,7 +173,7 @@ def test_a_head_on_a_transformer_is_refused(shards, world, pipelines):
     with pytest.raises(ModelError, match="SD3Transformer2DModel has no mid_block .* set gan.enabled=false"):
         backtrack(Run(settings, world))
     with pytest.raises(ModelError, match="SD3Transformer2DModel has no mid_block"):
-        make_plan(settings, 1, 1, 80.0, 0.4, "H100", 0.0)
+        make_plan(settings, Cluster(gpus_per_node=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +181,7 @@ def test_plan_counts_every_family(shards, pipelines, kind):
     folder = pipelines[kind]
     pipe, part = plain(folder), family_of(folder).part
     settings = support.tiny(shards, "planned", f"pipeline={folder}", "lora.rank=2")
-    plan = make_plan(settings, 1, 1, 80.0, 0.4, "H100", 0.0)
+    plan = make_plan(settings, Cluster(gpus_per_node=1))
     encoders = [p for name, p in pipe.components.items() if name.startswith("text_encoder") and p is not None]
     assert plan["parameters"]["text_encoders"] == sum(e.num_parameters() for e in encoders)
     network = getattr(pipe, part)
@@ -189,10 +189,9 @@ def test_plan_counts_every_family(shards, pipelines, kind):
         plan["parameters"]["generator"]["frozen"] == plan["parameters"]["teacher"]["frozen"] == network.num_parameters()
     )
     sampler = Sampler.load(folder, 8, torch.float32, CPU)
-    flops = forward_flops(
-        {**network.config, "_class_name": type(network).__name__}, sampler.latent_shape, sampler.text.tokens
-    )
-    assert plan["per_sample"]["forward_tflop"] == pytest.approx(flops / 1e12, rel=0.02)
+    config = {**network.config, "_class_name": type(network).__name__}
+    flops = pass_flops(config, sampler.latent_shape, sampler.text.tokens).forward
+    assert plan["per_sample"]["forward_tflop"] == pytest.approx(flops / 1e12)
     assert plan["fits"]
 
 
@@ -209,6 +208,6 @@ def test_pretraining_a_flow_model_with_shifted_latents(shards, world):
     vae = sampler.vae.config
     assert vae.shift_factor == 0.0609 and vae.scaling_factor != 0.18215
     latents = torch.randn(2, *sampler.latent_shape)
-    assert torch.allclose(sampler.scaled(latents), (latents - 0.0609) * vae.scaling_factor)
+    assert torch.allclose(sampler.scale(latents), (latents - 0.0609) * vae.scaling_factor)
     decoded = sampler.vae.decode(latents).sample
-    assert torch.equal(sampler.decode(sampler.scaled(latents)), ((decoded + 1) * 127.5).clamp(0, 255).to(torch.uint8))
+    assert torch.equal(sampler.decode(sampler.scale(latents)), ((decoded + 1) * 127.5).clamp(0, 255).to(torch.uint8))

@@ -83,7 +83,7 @@ def test_timestep_shift_moves_the_draws_and_nothing_else(prediction):
 def test_schedulers_that_are_not_known():
     with pytest.raises(ModelError, match="has no betas"):
         Schedule.from_config({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
-    with pytest.raises(ModelError, match="zero terminal signal"):
+    with pytest.raises(ModelError, match="rescale_betas_zero_snr"):
         Schedule.from_config(SDXL | {"rescale_betas_zero_snr": True})
 
 
@@ -178,10 +178,10 @@ def test_score_distillation_moves_a_gaussian_to_its_target(prediction):
     adam = torch.optim.Adam([mu], lr=0.05)
     index = list(range(64))
     for step in range(200):
-        x0 = mu + noise.normal("z", step, index, (1, 1, 1))
+        x0 = mu + noise.at(step, index).normal("z", (1, 1, 1))
         sample = x0.detach()
-        t = s.timesteps(noise.uniform("t", step, index), 0.02, 0.98)
-        x_t = s.add_noise(sample, noise.normal("eps", step, index, (1, 1, 1)), t)
+        t = s.timesteps(noise.at(step, index).uniform("t"), 0.02, 0.98)
+        x_t = s.add_noise(sample, noise.at(step, index).normal("eps", (1, 1, 1)), t)
         alpha, sigma = s.alpha_sigma(t)
 
         def estimate(mean, x_t=x_t, alpha=alpha, sigma=sigma):  # E[x0 | x_t] for N(mean, 1)
@@ -196,15 +196,15 @@ def test_score_distillation_moves_a_gaussian_to_its_target(prediction):
 
 def test_noise_belongs_to_the_sample():
     noise = SampleNoise(3)
-    whole = noise.normal("z", 5, [0, 1, 2, 3], (2, 2))
-    parts = torch.cat([noise.normal("z", 5, [0, 1], (2, 2)), noise.normal("z", 5, [2, 3], (2, 2))])
+    whole = noise.at(5, [0, 1, 2, 3]).normal("z", (2, 2))
+    parts = torch.cat([noise.at(5, [0, 1]).normal("z", (2, 2)), noise.at(5, [2, 3]).normal("z", (2, 2))])
     assert torch.equal(whole, parts)
-    for other in (SampleNoise(4).normal("z", 5, [0], (2, 2)), noise.normal("t", 5, [0], (2, 2))):
+    for other in (SampleNoise(4).at(5, [0]).normal("z", (2, 2)), noise.at(5, [0]).normal("t", (2, 2))):
         assert not torch.equal(whole[:1], other)
-    assert not torch.equal(whole[:1], noise.normal("z", 6, [0], (2, 2)))
-    many = noise.normal("z", 0, list(range(4000)), (4,))
+    assert not torch.equal(whole[:1], noise.at(6, [0]).normal("z", (2, 2)))
+    many = noise.at(0, list(range(4000))).normal("z", (4,))
     assert abs(float(many.mean())) < 0.03 and float(many.std()) == pytest.approx(1, abs=0.02)
-    draws = noise.uniform("t", 0, list(range(4000)))
+    draws = noise.at(0, list(range(4000))).uniform("t")
     assert float(draws.min()) >= 0 and float(draws.max()) < 1 and float(draws.mean()) == pytest.approx(0.5, abs=0.02)
 
 

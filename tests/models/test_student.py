@@ -12,7 +12,7 @@ from torch import nn
 from models.conditioning import Conditioning
 from models.diffusion import Schedule
 from models.errors import ModelError
-from models.generator_pipeline import write_student_pipeline
+from models.generator_pipeline import write_generator_pipeline
 from models.multistep import Student
 from models.noise import SampleNoise
 from models.pipeline import load_network
@@ -51,14 +51,14 @@ def test_backward_simulation_is_the_samplers_own_chain():
     seen = []
     for step in range(12):
         net = Recorder()
-        x0 = student.training_sample(net, cond(2), noise, step, index, (4, 2, 2))
+        x0 = student.training_sample(net, cond(2), noise.at(step, index), (4, 2, 2))
         k = len(net.calls) - 1
         assert net.calls == [(t, False) for t in FOUR[:k]] + [(FOUR[k], True)]
         chain = student.trajectory(
             net, cond(2), lambda j, step=step: noise.normal(f"z{j}" if j else "z", step, index, (4, 2, 2)), 4
         )
         assert torch.equal(x0, chain[k])
-        alone = student.training_sample(Recorder(), cond(1), noise, step, [7], (4, 2, 2))
+        alone = student.training_sample(Recorder(), cond(1), noise.at(step, [7]), (4, 2, 2))
         assert torch.allclose(alone[0], x0[1], atol=1e-6)
         seen.append(k)
     assert set(seen) == {0, 1, 2, 3}
@@ -66,16 +66,16 @@ def test_backward_simulation_is_the_samplers_own_chain():
 
 def test_steps_of_a_student_are_drawn_evenly():
     noise = SampleNoise("s")
-    counts = np.bincount([noise.integer("student step", step, 4) for step in range(4000)])
+    counts = np.bincount([noise.at(step, []).integer("student step", 4) for step in range(4000)])
     assert len(counts) == 4 and abs(counts - 1000).max() < 120
 
 
 def test_a_probe_has_every_step():
     student, noise, net = Student(Schedule.from_config(SDXL), FOUR), SampleNoise("s"), Recorder()
-    whole = student.every_step(net, cond(6), noise, "p", list(range(6)), (4, 2, 2))
+    whole = student.every_step(net, cond(6), noise.at(0, list(range(6))), "p", (4, 2, 2))
     chain = student.trajectory(net, cond(6), lambda k: noise.normal(f"p{k or ''}", 0, list(range(6)), (4, 2, 2)), 4)
     assert all(torch.equal(whole[i], chain[i % 4][i]) for i in range(6))
-    part = student.every_step(net, cond(2), noise, "p", [4, 5], (4, 2, 2))
+    part = student.every_step(net, cond(2), noise.at(0, [4, 5]), "p", (4, 2, 2))
     assert torch.allclose(part, whole[4:], atol=1e-6)
 
 
@@ -93,7 +93,7 @@ def test_exported_students_equal_our_sampling(root, world, tmp_path, timesteps, 
     """Latents of a plain diffusers call, given the same generators, to rounding."""
     run = Run(support.tiny(root, "student"), world)
     source = run.pipeline_folder
-    said = write_student_pipeline(source, source / "unet", timesteps, tmp_path / "p", {})
+    said = write_generator_pipeline(source, source / "unet", timesteps, tmp_path / "p", {})
     arguments = ", ".join(f"{k}={v}" for k, v in call.items())
     assert said == f"pipe(prompt, {arguments}, guidance_scale=0.0)"
     assert json.loads((tmp_path / "p" / "disback.json").read_text())["call"] == said

@@ -65,8 +65,8 @@ def test_recording_that_was_killed_while_it_moved_its_nodes(root, world, tmp_pat
     run.stage_folder("record")
     stage = Recording(run)
     train(stage, stage.settings.loop, run.settings.health, run.folder / "record", world)
-    chosen = choose_nodes(stage.distances, 3)
-    (stage.candidates / step_name(stage.steps_kept[chosen[0]])).rename(tmp_path / "path" / "node-0001")
+    chosen = choose_nodes(stage.candidates.distances, 3)
+    (stage.candidates.folder / stage.candidates.names[chosen[0]]).rename(tmp_path / "path" / "node-0001")
     record(run)
     assert len(opened(root, world, tmp_path / "path").nodes) == 4
 

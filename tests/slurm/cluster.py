@@ -1,8 +1,8 @@
-"""A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder, as children that end
-with this process.
+"""A real two-node Slurm on this machine: munged, slurmctld and two slurmd in a temporary folder, as child processes that end
+with this one.
 
-No systemd, no cgroups, no accounting database. Nodes n0 and n1 have four CPUs (on paper), an address and one GPU that does not exist; their names do
-not resolve, as on clusters without DNS for nodes. Jobs of the partition `urgent` preempt those of `main`.
+No systemd, cgroups or accounting database. Nodes n0 and n1 have four CPUs (on paper), an address and one GPU that does not
+exist. Their names do not resolve, as on clusters without DNS for nodes. Jobs in partition `urgent` preempt those in `main`.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ PartitionName=urgent Nodes=n0,n1 PriorityTier=10 MaxTime=INFINITE State=UP
 
 
 def missing() -> list[str]:
-    """The Debian packages whose programs are not here."""
+    """The Debian packages of the programs that are not installed."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
     return sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)})
 
@@ -80,7 +80,7 @@ def _die_with_parent() -> None:
 
 
 class Cluster:
-    """Started by entering, stopped by leaving; `env` is what Slurm's commands need."""
+    """A context manager that runs the cluster. `env` is the environment for Slurm commands."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -117,7 +117,7 @@ class Cluster:
         self._until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60, "two idle nodes")
 
     def _munge(self) -> None:
-        """Its own munged, with its own key; as user munge where we are root, which munged does not like to be."""
+        """Starts a private munged with its own key; as user munge if we are root, which munged refuses to run as."""
         folder = self.folder / "munge"
         folder.mkdir()
         (folder / "key").write_bytes(os.urandom(128))
@@ -158,12 +158,12 @@ class Cluster:
         return done.stdout
 
     def show(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The fields of `scontrol show job`."""
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def ranks(self, job: str) -> dict[int, int]:
-        """The trainer's processes of a job on this machine: rank -> pid."""
+        """The trainer processes of a job on this machine: rank -> pid."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -177,8 +177,8 @@ class Cluster:
         return found
 
     def wait(self, job: str, states: set[str] = FINAL, seconds: float = 500, restarts: int = 0) -> dict[str, str]:
-        """Waits until a job that has been started again so often, or more, is in one of the states; one that was requeued is
-        released from its two minutes' rest."""
+        """Waits until a job with at least this many restarts is in one of the states. Releases a requeued job from the two
+        minutes for which Slurm holds it back."""
         limit = time.monotonic() + seconds
         resting = 0.0
         while True:
@@ -187,7 +187,7 @@ class Cluster:
                 return about
             if about["JobState"] == "PENDING" and about["Restarts"] != "0" and about["Reason"] == "BeginTime":
                 resting = resting or time.monotonic()
-                # Not in the second in which it ended: its nodes would take the new start for the old one's rest.
+                # Not right after it ended: the nodes would mistake the new start for the remains of the old one.
                 if time.monotonic() > resting + 3:
                     self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
                     resting = 0.0

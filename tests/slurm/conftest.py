@@ -1,6 +1,6 @@
-"""One cluster and one set of runs for all tests: a job's start costs ten seconds of these cores.
+"""One cluster and one set of runs shared by all tests, since starting a job takes ten seconds on two cores.
 
-`make test-slurm` runs them; they are not part of `make test`.
+`make test-slurm` runs these tests; `make test` does not.
 """
 
 import os
@@ -18,24 +18,24 @@ SCRIPTS = REPOSITORY / "slurm"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 SETTINGS = (
     "record.loop.log_every=1 backtrack.loop.log_every=1 backtrack.loop.save_every=1 backtrack.loop.keep_weights_every=0 "
-    "backtrack.steps=20"  # three times a test must stop it on the way
+    "backtrack.steps=20"  # long enough for a test to interrupt it three times
 )
 
 
 def pytest_configure() -> None:
     if packages := slurm.missing():
-        raise pytest.UsageError(f"a Slurm is needed here: apt-get install {' '.join(packages)} (make test-slurm does)")
+        raise pytest.UsageError(f"these tests need Slurm: apt-get install {' '.join(packages)} (make test-slurm does)")
 
 
 @dataclass
 class Site:
-    """A user's working folder on the cluster, with shards and a teacher; commands run in it."""
+    """A user's working folder on the cluster, with shards and a teacher. Commands run in it."""
 
     cluster: slurm.Cluster
     folder: Path
 
     def sbatch(self, script: str | Path, *arguments: str, **env: str) -> str:
-        """Submits a script of slurm/ on two nodes; returns the job's number. Arguments that begin with - are sbatch's."""
+        """Submits a script of slurm/ on two nodes; returns the job id. Arguments that begin with - are sbatch options."""
         flags = [a for a in arguments if a.startswith("-")]
         words = [a for a in arguments if not a.startswith("-")]
         return self.call("sbatch", "--parsable", *TWO_NODES, *flags, str(SCRIPTS / script), *words, **env).strip()
@@ -59,7 +59,7 @@ class Site:
         return {k: v for k, v in self.cluster.env.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")} | mine
 
     def log(self, job: str) -> str:
-        """Empty until the node has opened the file, which may be after the job is called running."""
+        """The job's log; empty until the node has opened the file, which may be after the job is shown as running."""
         file = Path(self.cluster.show(job)["StdOut"])
         return file.read_text() if file.exists() else ""
 
@@ -67,7 +67,7 @@ class Site:
         return self.log(job).rstrip().splitlines()[-1]
 
     def ends(self, job: str, state: str, seconds: float = 500) -> str:
-        """Waits for the job's end in this state; returns its log."""
+        """Waits until the job has ended in this state; returns its log."""
         found = self.cluster.wait(job, seconds=seconds)["JobState"]
         assert found == state, f"job {job} is {found}, not {state}:\n{self.log(job)[-6000:]}"
         return self.log(job)
@@ -76,7 +76,7 @@ class Site:
         return (self.folder / "runs" / run / "generator/unet/diffusion_pytorch_model.safetensors").read_bytes()
 
     def wrapper(self, name: str, body: str) -> str:
-        """A PYTHON that does something else first (bash, with the real one in $REAL)."""
+        """An executable for PYTHON that runs a bash body before the real interpreter ($REAL)."""
         file = self.folder / name
         file.write_text(f'#!/bin/bash\nREAL={sys.executable}\n{body}\nexec $REAL "$@"\n')
         file.chmod(0o755)
@@ -85,7 +85,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The cluster, and a folder in which slurm/pretrain.sh, submitted by hand, has trained a teacher on two nodes."""
+    """The cluster, and a folder in which slurm/pretrain.sh has trained a teacher on two nodes."""
     folder = tmp_path_factory.mktemp("site")
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     with slurm.Cluster() as cluster:

@@ -1,4 +1,4 @@
-"""What users and nodes get wrong: the job fails at once and its log ends with one clear line."""
+"""Mistakes of users and broken nodes: the job fails at once, and its log ends with one clear line."""
 
 import socket
 import sys
@@ -12,8 +12,8 @@ PORT = 11987
 
 @pytest.fixture(scope="module")
 def jobs(site) -> dict[str, str]:
-    """All of them at once: each waits for nothing but the others' cores."""
-    # A Python that has YAML but no DeepSpeed, on one node of two.
+    """All mistakes, submitted at once: the jobs are independent of each other."""
+    # On one of the two nodes, a Python with YAML but without DeepSpeed.
     base = f"{sys.base_prefix}/bin/python3.{sys.version_info.minor}"
     bare = site.wrapper("bare", f'[ "$SLURMD_NODENAME" = n1 ] && exec {base} -I "$@"')
     taken = socket.socket()
@@ -48,11 +48,11 @@ def jobs(site) -> dict[str, str]:
         ("path", ["path runs/nowhere", "record it first"]),
         ("gpus", ["every node", "asked for GPUs (1 a node)", "torch sees none", "--gpus-per-node=0"]),
         ("port", [f"MASTER_PORT={PORT} is in use on node n"]),
-        ("deepspeed", ["node n1", "lacks", "deepspeed", "VENV"]),
+        ("deepspeed", ["node n1", "is missing", "deepspeed", "VENV"]),
         ("venv", ["VENV=none has no bin/python"]),
     ],
 )
-def test_the_last_line_says_it(site, jobs, what, words):
+def test_the_last_line_names_the_mistake(site, jobs, what, words):
     log, line = site.log(jobs[what]), site.last_line(jobs[what])
     assert line.startswith(f"disback: job {jobs[what]} (") and all(word in line for word in words), log
     assert "Traceback" not in log and "terminate called" not in log, log
@@ -67,7 +67,7 @@ def test_pipeline_and_scripts_outside_of_slurm(site):
 
 
 def test_the_repository_is_found_from_its_own_folders(site):
-    """Submitted by relative paths from the repository and from slurm/ in it; only the mistake in CONFIG is reached."""
+    """Submitted by relative path, from the repository and from its slurm/ folder; each job gets as far as the bad CONFIG."""
     for folder, script in ((REPOSITORY, "slurm/record.sh"), (REPOSITORY / "slurm", "record.sh")):
         log = site.folder / f"from-{folder.name}.log"
         job = site.cluster.run(
@@ -75,4 +75,4 @@ def test_the_repository_is_found_from_its_own_folders(site):
             "--ntasks-per-node=1", f"--output={log}", script,
         ).strip()  # fmt: skip
         site.cluster.wait(job)
-        assert f"CONFIG=none.yaml: there is no such file in {folder} or {REPOSITORY}\n" in Path(log).read_text()
+        assert f"CONFIG=none.yaml: no such file in {folder} or {REPOSITORY}\n" in Path(log).read_text()

@@ -1,4 +1,4 @@
-"""The front door: three jobs in a row, each by its own script, and the other launchers, give what two processes give."""
+"""The pipeline of three jobs, and the other launchers: the weights equal those of two plain processes."""
 
 import json
 import re
@@ -27,10 +27,10 @@ def test_record_backtrack_evaluate(site, reference):
 
 
 def test_the_deepspeed_launcher(site, reference):
-    """One launcher a node, `deepspeed.launcher.launch --node_rank`, as `deepspeed --hostfile` starts them by ssh."""
+    """One launcher per node, `deepspeed.launcher.launch --node_rank`, as `deepspeed --hostfile` starts them over ssh."""
     flags = ["run=runs/deepspeed", f"path=runs/{reference}/path", *SETTINGS.split()]
     job = site.sbatch("backtrack.sh", *flags, LAUNCHER="deepspeed")
-    assert "by deepspeed" in site.ends(job, "COMPLETED")
+    assert "with deepspeed" in site.ends(job, "COMPLETED")
     assert site.weights("deepspeed") == site.weights(reference)
 
 

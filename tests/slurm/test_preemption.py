@@ -1,4 +1,4 @@
-"""Whatever ends a job in the middle, it comes back by itself and ends with the weights of a run that was never stopped."""
+"""Interrupted jobs restart by themselves and finish with the weights of an uninterrupted run."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import REPOSITORY, SETTINGS
 
 
 class Training:
-    """A backtracking job that can be held still at a moment of its training."""
+    """A backtracking job that a test can pause in the middle of training."""
 
     def __init__(self, site, name: str, job: str):
         self.site, self.job = site, job
@@ -24,10 +24,10 @@ class Training:
         return file.read_text().count("\n") if file.exists() else 0
 
     def hold(self, restarts: int = 0) -> dict[int, int]:
-        """Waits for a new metrics line of the start after so many restarts, and stops rank 1 there (the others then wait for
-        it); returns rank -> pid."""
+        """Waits for a new metrics line after the given number of restarts and stops rank 1 there, so that the other ranks
+        wait for it; returns rank -> pid."""
         self.site.cluster.wait(self.job, {"RUNNING"}, restarts=restarts)
-        # A resumed run cuts its metrics at the checkpoint first: a new line is one behind what was there.
+        # A resumed run first truncates its metrics at the checkpoint, so only a line beyond the old ones is new.
         before, limit = self.lines(), time.monotonic() + 400
         while self.lines() <= before:
             assert time.monotonic() < limit, self.site.log(self.job)
@@ -37,13 +37,13 @@ class Training:
         return ranks
 
     def release(self, ranks: dict[int, int], asked: int = 1) -> None:
-        """Lets the rank that is held go on, when the job has been asked to stop so many times and the ranks know."""
-        self.until("asked to stop: saving", times=asked)
+        """Continues the paused rank once the job has been asked to stop `asked` times and the ranks have the signal."""
+        self.until("stop requested, saving", times=asked)
         time.sleep(3)
         os.kill(ranks[max(ranks)], signal.SIGCONT)
 
     def until(self, words: str, times: int = 1, seconds: float = 300) -> None:
-        """Waits until the log has these words so many times."""
+        """Waits until these words are in the log `times` times."""
         limit = time.monotonic() + seconds
         while self.site.log(self.job).count(words) < times:
             assert time.monotonic() < limit, self.site.log(self.job)
@@ -55,11 +55,11 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     job = site.sbatch("backtrack.sh", "--time=60", *places)
     training = Training(site, "hard", job)
     ranks = training.hold()
-    # The scripts ask for the signal two minutes before the end: with less than that left it comes with Slurm's next look.
+    # The scripts ask for the signal two minutes before the limit: with less time left, Slurm sends it at its next check.
     hours, minutes, _ = map(int, site.cluster.show(job)["RunTime"].split(":"))
     site.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     training.release(ranks)
-    training.until("starting again")
+    training.until("restarting (")
     site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
     ranks = training.hold(restarts=1)
@@ -69,16 +69,16 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     assert status["stage"] == "backtrack" and status["state"] == "running" and status["restarts"] == 1
     assert 0 < status["step"] < status["steps"] == 20 and status["checkpoint"].startswith("step-000000")
     os.kill(ranks[1], signal.SIGKILL)
-    training.until("starting again", times=2)
+    training.until("restarting (", times=2)
     assert "srun: error: n1: task 1: Killed" in site.log(job)
 
     ranks = training.hold(restarts=2)
-    site.cluster.run("scancel", "--signal=USR1", "--batch", job)  # what PreemptParameters=send_user_signal does
+    site.cluster.run("scancel", "--signal=USR1", "--batch", job)  # as PreemptParameters=send_user_signal does
     training.release(ranks, asked=2)
 
     log = site.ends(job, "COMPLETED")
     assert site.cluster.show(job)["Restarts"] == "3" and log.count("resumed from") == 3
-    assert log.count("asked to stop: saving") == 2
+    assert log.count("stop requested, saving") == 2
     assert site.weights("hard") == site.weights(reference)
     assert "3 restarts" in site.call(
         sys.executable, "-m", "trainer.cli", "status", "runs/hard", PYTHONPATH=str(REPOSITORY)
@@ -86,7 +86,7 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
 
 
 def test_without_requeueing_the_job_submits_itself_again_and_dependents_follow(site, reference):
-    """With torchrun, which turns every exit code into 1: the cause travels by a file."""
+    """With torchrun, which turns every exit code into 1, so the cause comes from the exit file."""
     places = ["run=runs/chained", f"path=runs/{reference}/path", *SETTINGS.split()]
     job = site.sbatch("backtrack.sh", "--no-requeue", *places, SELF_CHAIN="1", LAUNCHER="torchrun")
     last = site.call(
@@ -98,7 +98,7 @@ def test_without_requeueing_the_job_submits_itself_again_and_dependents_follow(s
     site.cluster.run("scancel", "--signal=USR1", "--batch", job)
     training.release(ranks)
     log = site.ends(job, "FAILED")
-    new = re.search(r"goes on as job (\d+)", log)[1]
+    new = re.search(r"continues as job (\d+)", log)[1]
     assert f"job {last} now waits for job {new}" in log
     assert "resumed from" in site.ends(new, "COMPLETED")
     assert site.cluster.show(new)["StdOut"] == site.cluster.show(job)["StdOut"]  # one log for the chain
@@ -108,8 +108,8 @@ def test_without_requeueing_the_job_submits_itself_again_and_dependents_follow(s
     assert site.weights("chained") == site.weights(reference)
 
 
-def test_a_job_that_never_gets_on_gives_up(site):
-    """Also: a container and a set-up file, by a stand-in for apptainer that leaves out the container."""
+def test_a_job_without_progress_gives_up(site):
+    """Also covers a container and a setup file, with a stand-in for apptainer that runs the command without one."""
     kills = site.wrapper("kills", '[[ "$*" == *trainer.record* && $SITE_SETUP = yes ]] && kill -9 $$')
     (site.folder / "apptainer").write_text(
         '#!/bin/bash\necho "in $*" >>apptainer.log\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
@@ -122,10 +122,10 @@ def test_a_job_that_never_gets_on_gives_up(site):
     )  # fmt: skip
     log = site.ends(job, "FAILED")
     reason = (
-        r"given up after 2 starts without progress \(no checkpoint\): a rank was killed \(n[01]: task [01]: Killed\)$"
+        r"giving up after 2 starts without progress \(no checkpoint\): a rank was killed \(n[01]: task [01]: Killed\)$"
     )
     assert re.search(reason, site.last_line(job)), log
-    assert site.cluster.show(job)["Restarts"] == "1" and log.count("starting again") == 1
+    assert site.cluster.show(job)["Restarts"] == "1" and log.count("restarting (") == 1
     started = (site.folder / "apptainer.log").read_text()
     assert (
         f"exec --nv --bind {site.folder} --bind {REPOSITORY} --cleanenv disback.sif bash {REPOSITORY}/slurm/task.sh"
@@ -133,17 +133,17 @@ def test_a_job_that_never_gets_on_gives_up(site):
     )
 
 
-def test_a_node_that_does_not_answer_is_named_and_left_out_after_the_second_time(site):
+def test_a_node_that_does_not_answer_is_named_and_excluded_after_the_second_time(site):
     hangs = site.wrapper("hangs", '[[ "$*" == *trainer.record* && $SLURMD_NODENAME = n1 ]] && exec sleep 300')
     job = site.sbatch("record.sh", "run=runs/deaf", "path=runs/deaf/path", PYTHON=hangs, DISBACK_START_SECONDS="3")
     site.cluster.wait(job, {"RUNNING"}, restarts=1)
-    Training(site, "deaf", job).until("starting again", times=2)
+    Training(site, "deaf", job).until("restarting (", times=2)
     limit = time.monotonic() + 60
-    while site.cluster.show(job)["ExcNodeList"] != "n1":  # it cannot start any more: there are only two nodes
+    while site.cluster.show(job)["ExcNodeList"] != "n1":  # the job then cannot start any more: there are only two nodes
         assert time.monotonic() < limit, site.log(job)
         time.sleep(0.2)
     assert site.log(job).count("disback: rank 1 (node n1) did not answer within 3 s of the start") == 2
-    assert "leaving out n1, which failed the check at the start twice" in site.log(job)
+    assert "excluding n1, which failed the startup check twice" in site.log(job)
     site.cluster.run("scancel", job)
 
 
@@ -151,7 +151,7 @@ def test_a_cancelled_job_stays_cancelled(site):
     sleeps = site.wrapper("sleeps", '[[ "$*" == *trainer.record* ]] && exec sleep 300')
     job = site.sbatch("record.sh", "run=runs/unwanted", "path=runs/unwanted/path", PYTHON=sleeps)
     site.cluster.wait(job, {"RUNNING"})
-    Training(site, "unwanted", job).until("by srun")
+    Training(site, "unwanted", job).until("with srun")
     site.cluster.run("scancel", job)
     site.ends(job, "CANCELLED")
     limit = time.monotonic() + 30
@@ -161,20 +161,20 @@ def test_a_cancelled_job_stays_cancelled(site):
     assert site.cluster.show(job)["JobState"] == "CANCELLED" and site.cluster.show(job)["Restarts"] == "0"
 
 
-def test_a_job_that_slurm_preempts_by_itself_is_left_to_slurm(site):
-    """Without a signal ahead; Slurm requeues it, and a second requeueing or a new job would be one too many."""
+def test_a_job_that_slurm_preempts_is_left_to_slurm(site):
+    """Preemption without a prior signal: Slurm requeues the job itself, so the script must neither requeue nor resubmit it."""
     sleeps = site.wrapper("sleeps", '[[ "$*" == *trainer.record* ]] && exec sleep 300')
     job = site.sbatch("record.sh", "run=runs/preempted", "path=runs/preempted/path", PYTHON=sleeps)
     site.cluster.wait(job, {"RUNNING"})
-    Training(site, "preempted", job).until("by srun")
+    Training(site, "preempted", job).until("with srun")
     waiting = site.call("sbatch", "--parsable", f"--dependency=afterok:{job}", "--output=waits.log", "--wrap", "true")
     urgent = site.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 3")
-    Training(site, "preempted", job).until("Slurm itself has requeued it")
+    Training(site, "preempted", job).until("Slurm has already requeued it")
     site.cluster.wait(urgent.strip())
     about = site.cluster.show(job)
     assert about["Restarts"] == "1" and about["JobState"] in ("PENDING", "COMPLETING", "RUNNING")
     assert site.cluster.show(waiting.strip())["JobState"] == "PENDING" and not (site.folder / "waits.log").exists()
-    assert "goes on as job" not in site.log(job)
+    assert "continues as job" not in site.log(job)
     site.cluster.run("scancel", job, waiting.strip())
 
 

@@ -11,13 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.conditioning import Conditioning
 from models.denoise import predict
 from models.errors import ModelError
-from models.gan import Discriminator, Head, feature_module, feature_shape, generator_gradient, judged
+from models.gan import (
+    Discriminator,
+    Head,
+    feature_module,
+    feature_shape,
+    generator_gradient,
+    head_logits,
+    predict_with_logits,
+)
 from models.pipeline import load_network
 from trainer.backtrack import Backtracking
 from trainer.errors import UserError
 from trainer.training.metrics import Meters
 
-GAN = ("gan.enabled=true", "gan.generator_weight=0.5", "gan.head_weight=0.5")  # weights that leave a mark in few steps
 LATENTS = (4, 4, 4)
 
 
@@ -51,29 +58,27 @@ def test_published_weights_carry_over():
     assert torch.allclose(value, softplus(-patches(leaf)).mean())
 
 
-def test_every_way_to_judge_gives_the_same(net):
-    """One pass or the encoder alone: the same logits, and the network's own prediction, to the bit."""
+def test_one_pass_and_the_encoder_alone_agree(net):
+    """With or without the decoder: the same logits, and the network's own prediction, to the bit."""
     x_t, t, cond = inputs()
     plain = predict(net.network, x_t, t, cond)
-    results = {judge: judged(net, x_t, t, cond, judge) for judge in ("also", "aside", "only")}
+    logits = {"encoder alone": head_logits(net, x_t, t, cond)}
+    for decoder_grad in (True, False):
+        prediction, logits[f"{decoder_grad=}"] = predict_with_logits(net, x_t, t, cond, decoder_grad)
+        assert torch.equal(prediction, plain) and prediction.requires_grad == decoder_grad
     net._plain = False  # as a network whose encoder cannot be run alone
-    results["whole"] = judged(net, x_t, t, cond, "only")
+    logits["whole network"] = head_logits(net, x_t, t, cond)
     assert torch.equal(predict(net, x_t, t, cond), plain)
-    for judge, (prediction, logits) in results.items():
-        assert torch.equal(logits, results["also"][1]) and logits.requires_grad, judge
-        if judge in ("also", "aside"):
-            assert torch.equal(prediction, plain) and prediction.requires_grad == (judge == "also")
-        else:
-            assert prediction is None
+    for how, value in logits.items():
+        assert torch.equal(value, logits["encoder alone"]) and value.requires_grad, how
     assert torch.is_grad_enabled() and not net.network.mid_block._forward_hooks
 
 
 def test_the_gradient_on_the_sample_reaches_nothing_else(net):
     x_t, t, cond = inputs()
     leaf = x_t.requires_grad_()
-    gradients = []
-    for judge in ("aside", "only"):
-        gradients.append(generator_gradient(judged(net, leaf, t, cond, judge)[1], leaf, 1.0)[0])
+    logits = predict_with_logits(net, leaf, t, cond, decoder_grad=False)[1], head_logits(net, leaf, t, cond)
+    gradients = [generator_gradient(value, leaf, 1.0)[0] for value in logits]
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
     assert leaf.grad is None and all(p.grad is None for p in net.parameters())
 
@@ -169,14 +174,6 @@ def test_network_calls(root, world, flags, generator, target, encoder, full):
     assert 0.97 < share < 1  # the first layers' input gradients are not computed
 
 
-GAN_STAGES = {True: ("zero0", "zero2", "sharded"), False: ("sharded",)}  # by shared_pass
-
-
-def gan_flags(shared: bool) -> tuple[str, ...]:
-    student = ("backtrack.student_timesteps=[999, 499]", "backtrack.path=none", "backtrack.generator_split=2")
-    return *support.PARITY, *GAN, "backtrack.steps=4", *(student if shared else ("gan.shared_pass=false",))
-
-
 def losses(folder) -> list[dict]:
     """What must agree, from the lines of logging intervals (those of target switches have none)."""
     keys = ("loss/gan_generator", "loss/gan_head", "loss/fake_score", "grad_norm/fake_score", "mismatch")
@@ -190,12 +187,12 @@ def test_two_ranks_train_as_one(root, world):
     sharded 3, with accumulation and clipping."""
     support.ranks("gan", root)
     for shared in (True, False):
-        run = support.single(root, f"gan-one-{shared}", world, *gan_flags(shared), "backtrack.generator_split=1")
+        run = support.single(root, f"gan-one-{shared}", world, *support.gan_flags(shared), "backtrack.generator_split=1")
         one, lines = support.backtrack_weights(run), losses(run.folder)
-        plain = support.single(root, f"gan-none-{shared}", world, *gan_flags(shared), "gan.enabled=false")
+        plain = support.single(root, f"gan-none-{shared}", world, *support.gan_flags(shared), "gan.enabled=false")
         without = support.backtrack_weights(plain)
         assert max(float((one[k] - v).abs().max()) for k, v in without.items() if k.startswith("generator")) > 1e-5
-        for stage in GAN_STAGES[shared]:
+        for stage in support.GAN_STAGES[shared]:
             two = torch.load(root / "gan" / f"{stage}-{shared}.pt")
             assert any(k.startswith("fake_score.head.") for k in two)
             assert support.largest_difference(one, two) < 1e-5
@@ -204,7 +201,7 @@ def test_two_ranks_train_as_one(root, world):
 
 
 def test_resumes_bit_for_bit_and_learns(root, world):
-    flags = [*GAN, "backtrack.fake_updates=2", "backtrack.reuse_x0=true", "backtrack.accumulation=2"]
+    flags = [*support.GAN, "backtrack.fake_updates=2", "backtrack.reuse_x0=true", "backtrack.accumulation=2"]
     flags += ["backtrack.student_timesteps=[999, 499]", "backtrack.path=none", "backtrack.loop.log_every=2"]
     whole = support.backtrack_weights(support.single(root, "gan-whole", world, *flags))
     run = support.single(root, "gan-parts", world, *flags)

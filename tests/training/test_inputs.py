@@ -10,7 +10,8 @@ import torch
 
 from data.errors import DataError
 from data.loader import Batches
-from data.reader import ShardDataset
+from data.sampling_order import BatchSplit
+from data.shard_dataset import ShardDataset
 from data.shard_index import load_index
 from data.shard_patterns import expand
 from data.shard_writer import write_shards
@@ -81,7 +82,7 @@ def test_an_encoded_sample_is_its_image_and_caption(place, world):
         ("plain", ("image", "caption", "meta")), ("full", ("caption", "meta", "latents", "text"))
     ))  # fmt: skip
     sampler = run(place, world, "look", "plain", "precision=fp32").sampler(place / "pipeline")
-    one, other = (next(Batches(dataset, 0, 1, 6)) for dataset in (plain, full))
+    one, other = (next(Batches(dataset, BatchSplit(1, 6), 0)) for dataset in (plain, full))
     assert one.captions == other.captions and other.images is None
     assert torch.equal(one.original_sizes, other.original_sizes) and torch.equal(one.crops, other.crops)
     mean, std = sampler.posterior(one.images)
@@ -104,7 +105,7 @@ def test_encoding_goes_on_and_is_split(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert encode(*options) == 0
-    assert "2 of 5 shards are there already" in capsys.readouterr().out
+    assert "2 of 5 shards already exist" in capsys.readouterr().out
     assert all(file.stat().st_mtime_ns == before for file, before in times.items())
     assert not list(tmp_path.glob("*.tmp"))
     for file in (place / "full").glob("*.tar"):
@@ -186,7 +187,7 @@ def test_another_cache_is_refused(place, world, tmp_path):
     mixed = tmp_path / "mixed"
     shutil.copytree(place / "full", mixed)
     shutil.copy(place / "plain" / "s-000004.tar", mixed / "s-000009.tar")
-    assert "mixed" in refusal(mixed) and "is not" in refusal(mixed)
+    assert "mixes different kinds" in refusal(mixed) and "is not" in refusal(mixed)
     shutil.copy(latents / "s-000004.tar", mixed / "s-000009.tar")
     assert "differ in text" in refusal(mixed)
 
@@ -196,10 +197,10 @@ def test_damaged_tensors_are_rejected(place, tmp_path):
     good = ShardDataset([index.tar], 8, ("caption", "text"))
     meta = good.read_text(0)["meta"]
     samples = [{"__key__": "a", "safetensors": b"nonsense", "txt": "a", "json": meta}]
-    samples += [{"__key__": "b", "safetensors": good._read(1, "cache"), "txt": "b", "json": meta}]
-    samples += [{"__key__": "c", "safetensors": good._read(1, "cache"), "txt": "c", "json": json.loads("{}")}]
+    samples += [{"__key__": "b", "safetensors": good._read(1, "tensors"), "txt": "b", "json": meta}]
+    samples += [{"__key__": "c", "safetensors": good._read(1, "tensors"), "txt": "c", "json": json.loads("{}")}]
     dataset = ShardDataset(write_shards(samples, tmp_path, "s"), 8, ("caption", "text"))
     assert {dataset[i]["key"] for i in range(3)} == {"b"}
     assert sum((Counter(dataset[i]["skipped"]) for i in range(3)), Counter()).keys() == {
-        "encoded tensors or their record are damaged"
+        "damaged encoded tensors or record"
     }

@@ -1,14 +1,13 @@
-"""Checkpoints of everything, and exact resume.
+"""Checkpoints of all that a run needs, and exact resume.
 
-A checkpoint is one folder, `checkpoints/step-00000500/`, that holds every trained role's engine, each rank's own state
-(EMA slices, global generators, meters, the stage's state) and, for evaluation jobs, the current weights as a plain
-folder of the denoiser, or a LoRA folder. It is written under a temporary name, renamed when every rank is done, and only
-then named by LATEST, which is replaced atomically: whatever dies when, LATEST names a whole checkpoint. DeepSpeed's own
-`latest` is not used, since it names a tag before all ranks have written it. Frozen roles stay out: the teacher is known by
-its hash.
+A checkpoint is a folder, `checkpoints/step-00000500/`. It holds the engine of every trained role, each rank's own state (EMA
+slices, random generators, meters, ...) and, for evaluation, the current weights as a plain denoiser folder or a LoRA folder.
+It is written under a temporary name, renamed when every rank is done, and only then named by LATEST, which is replaced
+atomically: whatever dies when, LATEST names a complete checkpoint. DeepSpeed's own `latest` is not used, because it names a
+checkpoint that other ranks are still writing. Frozen roles stay out: the teacher is known by its hash.
 
-The same number of processes and ZeRO stages load what they saved, to the bit. Others cut it anew: engines by
-trainer.checkpoint.reshard_optimizer, the ranks' own state by the stage's `regroup`.
+With the same number of processes and the same ZeRO stages, a run loads what it saved, bit for bit. With others, the state is
+resharded: engines by trainer.checkpoint.reshard_optimizer, the ranks' own state by the stage's `regroup`.
 """
 
 import shutil
@@ -19,15 +18,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.sampling_order import Split
-from trainer.checkpoint.directory import WEIGHTS, Retention, Shelf
-from trainer.checkpoint.durable import FileWriter, Together, tensor_bytes, write_file
+from data.sampling_order import BatchSplit
+from trainer.checkpoint.directory import WEIGHTS, CheckpointDirectory
+from trainer.checkpoint.durable import DeferredErrors, tensor_bytes, write_file
 from trainer.checkpoint.reshard_optimizer import reshard
-from trainer.checkpoint.reshard_state import merge_meters
 from trainer.checkpoint.rng_state import global_generators, reseed_generators, restore_generators
+from trainer.config.schema import LoopSettings
 from trainer.distributed.logs import log
 from trainer.distributed.world import World, from_main
+from trainer.engine.deepspeed_internals import whole_numel
 from trainer.engine.role import Role
+from trainer.engine.save_weights import Snapshot
 from trainer.errors import RankError, UserError
 
 
@@ -36,13 +37,12 @@ def _rank_file(folder: Path, rank: int) -> Path:
 
 
 def _read_rank(folder: Path, rank: int, mapped: bool = False) -> dict:
-    """A rank's own state: nothing but tensors and plain containers. mapped: of the file only what is used is read; it
-    must not be kept, since the file will be deleted."""
+    """A rank's own state, of tensors and plain containers only. mapped: reads only what is used; must not outlive the file."""
     return torch.load(_rank_file(folder, rank), map_location="cpu", mmap=mapped, weights_only=True)
 
 
 class Checkpoints:
-    """The checkpoints of one stage. Every rank makes it, and calls `save` and `load` together."""
+    """Saves and loads the checkpoints of a stage. Every rank makes one, and calls `save` and `load`."""
 
     def __init__(
         self,
@@ -50,110 +50,114 @@ class Checkpoints:
         world: World,
         roles: dict[str, Role],
         identity: dict,
-        split: Split,
-        retention: Retention,
+        split: BatchSplit,
+        retention: LoopSettings,
     ):
-        """identity: what a resumed run must have in common with the saved one. split: how the global batch is cut, which
-        may differ."""
+        """identity: what a resumed run must have in common with the saved one. split: of the global batch into ranks and
+        micro-batches, which may differ."""
         self.world, self.identity, self.split = world, identity, split
-        self.shelf = Shelf(folder, retention)
+        self.directory = CheckpointDirectory(folder, retention)
         self.trained = {name: role for name, role in roles.items() if role.trained}
-        self.together = Together(world)
-        for role in self.trained.values():
-            role.engine.checkpoint_engine = FileWriter(self.together)
-            # It copies two scripts into every checkpoint, with nothing to catch a full disk before the next barrier.
-            role.engine._copy_recovery_script = lambda folder: None
+        self.errors = DeferredErrors(world)
 
     def latest(self) -> Path | None:
         """The checkpoint that LATEST names, if any."""
-        name = self.shelf.latest()
-        return self.shelf.root / name if name else None
+        name = self.directory.latest()
+        return self.directory.root / name if name else None
+
+    def needed(self) -> set[str]:
+        """On rank 0, the files outside the checkpoints that resuming from any of them would need; elsewhere empty."""
+        return self.directory.needed() if self.world.main else set()
 
     def _zero(self) -> dict[str, dict]:
         return {name: role.engine.config["zero_optimization"] for name, role in self.trained.items()}
 
-    def save(
-        self, step: int, state: dict, write_weights: Callable[[Path], None] | None, needs: Sequence[str] = ()
-    ) -> Path:
+    def save(self, step: int, state: dict, snapshot: Callable[[], Snapshot | None], needs: Sequence[str] = ()) -> Path:
         """Writes the checkpoint of `step` finished steps.
 
-        needs: files outside of it that going back to it needs (see Shelf.needed). Raises UserError on every rank if it
-        does not fit on the disk (before anything is written) or any rank cannot write its part: LATEST then still names
-        the last good one.
+        state: this rank's own. snapshot: gathers the weights for evaluation, if there are any; called after the engines
+        are written, to save memory. needs: files outside the checkpoint that resuming from it needs. Raises UserError on
+        every rank if it does not fit on the disk (before anything is written) or if any rank cannot write its part;
+        LATEST then still names the previous checkpoint.
         """
         began = time.monotonic()
-        final = self.shelf.place(step)
+        final = self.directory.place(step)
         temporary = final.with_name(final.name + ".tmp")
-        together, mine = self.together, state | {"generators": global_generators(self.world.device)}
+        state = state | {"generators": global_generators(self.world.device)}
         if self.world.main:
-            with together.noting():
-                self.shelf.root.mkdir(parents=True, exist_ok=True)
+            with self.errors.defer():
+                self.directory.root.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(temporary, ignore_errors=True)
-                self.shelf.make_room(step, self._first_size(mine))
+                self.directory.make_room(step, self._estimated_size(state))
                 temporary.mkdir()
-        self._agreed(step, temporary)
+        self._agree(step, temporary)
         for role in self.trained.values():
-            with together.noting():
-                role.save_engine(temporary / "engines")
-        with together.noting():
-            write_file(mine, _rank_file(temporary, self.world.rank))
-        if write_weights:
-            with together.noting():
-                write_weights(temporary / WEIGHTS)
-        self._agreed(step, temporary)
+            with self.errors.defer():
+                role.save_engine(temporary / "engines", self._write_engine_file)
+        with self.errors.defer():
+            write_file(state, _rank_file(temporary, self.world.rank))
+        with self.errors.defer():
+            if weights := snapshot():
+                weights.write(temporary / WEIGHTS)
+        self._agree(step, temporary)
         if self.world.main:
             about = {"split": vars(self.split), "zero": self._zero(), "identity": self.identity, "needs": list(needs)}
-            with together.noting():
-                self.shelf.publish(step, temporary, about)
-        self._agreed(step, temporary, final)
+            with self.errors.defer():
+                self.directory.publish(step, temporary, about)
+        self._agree(step, temporary, final)
         if self.world.main:
-            log.info(f"saved {final}: {self.shelf.size(step) / 1e9:.3g} GB in {time.monotonic() - began:.1f} s")
+            log.info(f"saved {final}: {self.directory.size(step) / 1e9:.3g} GB in {time.monotonic() - began:.1f} s")
         return final
 
-    def _first_size(self, mine: dict) -> int:
-        """About the bytes of a checkpoint, by the trained parameters: master weights and two moments in float32, the network and
-        the plain weights in its own precision."""
-        total = tensor_bytes(mine) * self.world.size
+    def _write_engine_file(self, state: object, file: Path) -> None:
+        with self.errors.defer():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(state, file)
+
+    def _estimated_size(self, state: dict) -> int:
+        """Bytes of a first checkpoint, roughly. Per trained parameter: master weight and two moments in float32, and in the
+        network's precision its weight, in the engine and in the weights folder."""
+        total = tensor_bytes(state) * self.world.size
         for role in self.trained.values():
             for _, p in role.trained_parameters():
-                total += getattr(p, "ds_numel", p.numel()) * (12 + 2 * p.element_size())
+                total += whole_numel(p) * (12 + 2 * p.element_size())
         return total
 
-    def _agreed(self, step: int, *unfinished: Path) -> None:
-        """Goes on if all ranks did their part; else removes what is unfinished and raises UserError on all of them."""
-        problem = self.together.agree()
+    def _agree(self, step: int, *unfinished: Path) -> None:
+        """Returns if all ranks did their part. Otherwise deletes the unfinished folders and raises UserError on all ranks."""
+        problem = self.errors.agree()
         if problem is None:
             return
         latest = None
         if self.world.main:
-            with self.together.noting():  # the file system may be gone altogether
-                self.shelf.discard(*unfinished)
-                latest = self.shelf.latest()
+            with self.errors.defer():  # the whole file system may be gone
+                self.directory.discard(*unfinished)
+                latest = self.directory.latest()
         latest = from_main(latest, self.world)
-        last = f"the last good one is {self.shelf.root / latest}" if latest else "there is no earlier one"
+        last = f"the last good one is {self.directory.root / latest}" if latest else "there is no earlier one"
         error = UserError(
-            f"the checkpoint of step {step} could not be saved: {problem}; {last}. Make room, or see to the file system; "
-            "then the same command goes on from there"
+            f"the checkpoint of step {step} could not be saved: {problem}; {last}. Free disk space or check the file system, "
+            "then run the same command again to resume"
         )
-        error.errno = self.together.errno
+        error.errno = self.errors.errno
         raise error
 
-    def load(self, regroup: Callable[[list[dict], Split], dict]) -> tuple[int, dict] | None:
+    def load(self, regroup: Callable[[list[dict], BatchSplit], dict]) -> tuple[int, dict] | None:
         """Resumes from LATEST: loads the engines and returns (finished steps, this rank's state), or None if there is
         nothing to resume from.
 
-        regroup: makes the stage's state of this rank from those of all ranks that another split saved. Raises UserError
+        regroup: makes this rank's state of the stage from those of all ranks of a run with another split. Raises UserError
         if the checkpoint belongs to another run or is damaged.
         """
-        name = from_main(self.shelf.latest() if self.world.main else None, self.world)
+        name = from_main(self.directory.latest() if self.world.main else None, self.world)
         if name is None:
             return None
-        folder = self.shelf.root / name
-        about, damage = from_main(self.shelf.examine(name) if self.world.main else None, self.world)
+        folder = self.directory.root / name
+        about, damage = from_main(self.directory.examine(name) if self.world.main else None, self.world)
         if damage:
             raise UserError(damage)
         self._check(about["identity"], folder)
-        began, saved = time.monotonic(), Split(**about["split"])
+        began, saved = time.monotonic(), BatchSplit(**about["split"])
         as_saved = saved == self.split and about["zero"] == self._zero()
         try:
             for key, role in self.trained.items():
@@ -163,22 +167,23 @@ class Checkpoints:
             else:
                 state = self._regrouped([_read_rank(folder, rank, True) for rank in range(saved.world)], saved, regroup)
         except (UserError, torch.AcceleratorError, torch.OutOfMemoryError, dist.DistError):
-            raise  # nothing is wrong with the files
-        except Exception as error:  # DeepSpeed raises whatever torch.load and its own asserts raise
-            raise RankError(self.shelf.damaged(name, f"{type(error).__name__}: {error}")) from error
+            raise  # the files are fine
+        except Exception as error:  # of any type: DeepSpeed's loading has asserts
+            raise RankError(self.directory.damaged(name, f"{type(error).__name__}: {error}")) from error
         if self.world.rank < saved.world:
             restore_generators(state["generators"], self.world.device)
         else:
             reseed_generators(self.identity["seed"], about["step"], self.world.rank)
-        anew = "" if as_saved else f", cut anew from {saved} to {self.split}"
+        resharded = "" if as_saved else f", resharded from {saved} to {self.split}"
         seconds = time.monotonic() - began
-        log.info(f"resumed from {folder}: {', '.join(self.trained)} and the stage{anew}, in {seconds:.1f} s")
+        log.info(f"resumed from {folder}: {', '.join(self.trained)} and the stage{resharded}, in {seconds:.1f} s")
         return about["step"], state
 
-    def _regrouped(self, ranks: list[dict], saved: Split, regroup: Callable[[list[dict], Split], dict]) -> dict:
+    def _regrouped(
+        self, ranks: list[dict], saved: BatchSplit, regroup: Callable[[list[dict], BatchSplit], dict]
+    ) -> dict:
         own = ranks[min(self.world.rank, saved.world - 1)]
-        stage = regroup([rank["stage"] for rank in ranks], saved)
-        return own | {"stage": stage, "meters": merge_meters([rank["meters"] for rank in ranks], saved, self.split)}
+        return own | {"stage": regroup([rank["stage"] for rank in ranks], saved)}
 
     def _load_engine(self, role: Role, folder: Path, world: int, zero: dict) -> None:
         same = world == self.world.size and zero == self._zero()[role.name]

@@ -1,106 +1,136 @@
-"""The checkpoint folders of a stage on disk: which are whole, which are kept, whether the next one fits."""
+"""The checkpoints of a stage on disk: their names, which of them are complete, and which are deleted.
+
+This is the one module that knows LATEST, step names and the layout of `checkpoints/`. It imports no torch, so that
+`disback status` can use it on login nodes.
+"""
 
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from trainer.checkpoint.durable import MARGIN, file_sizes, free_bytes, sync_folder, write_text
+from trainer.checkpoint.files import MARGIN, file_sizes, free_bytes, sync_folder, write_text
+from trainer.config.schema import LoopSettings
 from trainer.distributed.logs import log
+from trainer.errors import UserError
 
 FORMAT = 2
-WEIGHTS = "weights"  # in a checkpoint: what an evaluation reads, a plain folder of the denoiser, or a LoRA folder
-ABOUT = "state.json"  # what makes a folder a whole checkpoint
+WEIGHTS = "weights"  # inside a checkpoint: the weights for evaluation, as a plain denoiser folder or a LoRA folder
+ABOUT = "state.json"  # inside a checkpoint: step, split, file sizes; a folder without it is not a complete checkpoint
 
 
 def step_name(step: int) -> str:
+    """The name of a checkpoint, a sample grid, a candidate node or an evaluation made at a step."""
     return f"step-{step:08d}"
 
 
-class Retention(Protocol):
-    """What is kept of older checkpoints; see trainer.training.loop.LoopSettings."""
-
-    keep_last: int
-    keep_every: int
-    keep_weights_every: int
+def step_of(name: str) -> int | None:
+    """The step in a name made by `step_name`; None for any other name."""
+    match = re.fullmatch(r"step-(\d{8,})", name)
+    return int(match[1]) if match else None
 
 
-@dataclass(frozen=True)
-class Shelf:
-    """`checkpoints/` and LATEST in a stage's folder. Only rank 0 writes."""
+def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """The entries of a folder that are named after a step (step-00000500, or step-00000500.png), in order of steps."""
+    found = {step_of(path.name.removesuffix(suffix)): path for path in folder.glob(f"step-*{suffix}")}
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
-    folder: Path
-    retention: Retention
 
-    @property
-    def root(self) -> Path:
-        return self.folder / "checkpoints"
+class CheckpointDirectory:
+    """`checkpoints/` and LATEST in a stage's folder. Anybody may read; only rank 0 of a training run writes."""
+
+    def __init__(self, folder: Path, retention: LoopSettings | None = None):
+        """folder: the stage's, such as RUN/backtrack. retention: which older checkpoints to keep; None to read only."""
+        self.folder, self.retention = folder, retention
+        self.root = folder / "checkpoints"
+        self.latest_file = folder / "LATEST"
 
     def place(self, step: int) -> Path:
+        """The folder for the checkpoint of a step."""
         return self.root / step_name(step)
 
     def latest(self) -> str | None:
-        """The name of the checkpoint that a resumed run goes back to."""
-        file = self.folder / "LATEST"
-        return file.read_text().strip() if file.exists() else None
+        """The name of the checkpoint that a run resumes from; None if there is none yet."""
+        try:
+            return self.latest_file.read_text().strip() or None
+        except FileNotFoundError:
+            return None
+
+    def latest_step(self) -> int | None:
+        return step_of(self.latest() or "")
+
+    def weights(self, name: str) -> Path:
+        """The weights folder for evaluation of a checkpoint, whether or not it exists."""
+        return self.root / name / WEIGHTS
+
+    def latest_weights(self) -> Path:
+        """The weights folder of the latest checkpoint. Raises UserError if there is no checkpoint."""
+        if name := self.latest():
+            return self.weights(name)
+        raise UserError(f"{self.folder} has no checkpoint yet: run `disback {self.folder.name}` first")
+
+    def with_weights(self) -> list[str]:
+        """Names of the checkpoints that have a weights folder, oldest first."""
+        return [path.name for path in by_step(self.root).values() if (path / WEIGHTS).is_dir()]
+
+    def complete(self, until: int | None = None) -> list[int]:
+        """Steps that have a complete checkpoint, in order; `until` is the last one of interest."""
+        steps = [step for step, path in by_step(self.root).items() if (path / ABOUT).exists()]
+        return [step for step in steps if until is None or step <= until]
 
     def about(self, step: int) -> dict:
         return json.loads((self.place(step) / ABOUT).read_text())
 
     def size(self, step: int) -> int:
+        """Bytes of a checkpoint."""
         return sum(self.about(step)["files"].values())
 
-    def whole(self, until: int | None = None) -> list[int]:
-        """Steps that have a whole checkpoint, up to one."""
-        steps = sorted(int(p.name[5:]) for p in self.root.glob("step-????????") if (p / ABOUT).exists())
-        return [s for s in steps if until is None or s <= until]
-
     def needed(self) -> set[str]:
-        """The files outside of the checkpoints that going back to any whole one needs."""
-        return {name for step in self.whole() for name in self.about(step)["needs"]}
+        """Files outside the checkpoints that resuming from any of the complete ones would need."""
+        return {name for step in self.complete() for name in self.about(step)["needs"]}
 
     def publish(self, step: int, temporary: Path, about: dict) -> None:
-        """Makes a finished temporary folder the checkpoint of a step, the one that LATEST names, and prunes."""
+        """Renames a finished temporary folder to the checkpoint of a step, points LATEST at it, deletes old ones."""
         about = {"format": FORMAT, "step": step, **about, "files": file_sizes(temporary)}
         write_text(json.dumps(about, indent=2) + "\n", temporary / ABOUT)
-        shutil.rmtree(self.place(step), ignore_errors=True)  # of a run that went back behind it, or died before LATEST
+        shutil.rmtree(self.place(step), ignore_errors=True)  # of a run that was set back, or killed before LATEST
         os.replace(temporary, self.place(step))
         sync_folder(self.root)
-        write_text(step_name(step) + "\n", self.folder / "LATEST")
-        self._prune(self.whole(step)[: -self.retention.keep_last])
+        write_text(step_name(step) + "\n", self.latest_file)
+        self._prune(self.complete(step)[: -self.retention.keep_last])
 
     def discard(self, *folders: Path) -> None:
-        """Removes what an unfinished save left, but never what LATEST names."""
+        """Deletes the folders of an unfinished save, but never the checkpoint that LATEST names."""
         for folder in folders:
             if folder.name != self.latest():
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self, steps: list[int]) -> None:
-        """Lets go of these checkpoints, but for every `keep_every`-th, and the plain weights of every
-        `keep_weights_every`-th."""
+        """Deletes these checkpoints, except every `keep_every`-th step; every `keep_weights_every`-th keeps its weights."""
         every, weights = self.retention.keep_every, self.retention.keep_weights_every
         for step in steps:
             if every and step % every == 0:
                 continue
-            whole = self.place(step)
-            (whole / ABOUT).unlink()  # first: what is half deleted is not whole
+            folder = self.place(step)
+            (folder / ABOUT).unlink()  # first: a half-deleted checkpoint must not count as complete
             if weights and step % weights == 0:
-                for part in whole.iterdir():
+                for part in folder.iterdir():
                     if part.name != WEIGHTS:
                         shutil.rmtree(part) if part.is_dir() else part.unlink()
             else:
-                shutil.rmtree(whole)
+                shutil.rmtree(folder)
 
     def make_room(self, step: int, first_size: int) -> None:
-        """Raises OSError if the checkpoint of a step will not fit. It is taken to be as large as the last one, the
-        first one as `first_size` bytes. Short of space, what this save would let go of anyway goes before it: never the
-        checkpoint that LATEST names."""
-        before = self.whole(step)
+        """Raises OSError if the checkpoint of a step will not fit on the disk.
+
+        Its size is estimated as that of the previous one, or `first_size` bytes for the first. When space is short, the
+        checkpoints that this save would delete afterwards are deleted before it, but never the one that LATEST names.
+        """
+        before = self.complete(step)
         needed = int((self.size(before[-1]) if before else first_size) * MARGIN)
         if free_bytes(self.root) < needed and (older := before[: -max(self.retention.keep_last - 1, 1)]):
-            log.warning(f"{self.root}: short of space: what this save would let go of anyway goes before it")
+            log.warning(f"{self.root}: short of space: deleting older checkpoints before the save instead of after it")
             self._prune(older)
         if (free := free_bytes(self.root)) < needed:
             raise OSError(
@@ -109,12 +139,12 @@ class Shelf:
             )
 
     def examine(self, name: str) -> tuple[dict | None, str | None]:
-        """What a checkpoint says of itself, or what is the matter with it: of every file only the size is looked at."""
+        """(state.json of a checkpoint, None), or (None, what is wrong with it). Of its files only sizes are compared."""
         folder = self.root / name
         try:
             about = json.loads((folder / ABOUT).read_text())
             if about["format"] != FORMAT:
-                return None, f"checkpoint {folder} has format {about['format']}; this version reads {FORMAT}"
+                return None, f"checkpoint {folder} has format {about['format']}; this version reads format {FORMAT}"
             wrong = about["files"].items() - file_sizes(folder).items()
         except (OSError, ValueError, KeyError) as error:
             return None, self.damaged(name, str(error))
@@ -123,11 +153,14 @@ class Shelf:
         return about, None
 
     def damaged(self, name: str, problem: str) -> str:
-        """What to tell the user. Nothing falls back by itself: that would repeat hours without a word to anybody."""
+        """The error message for a damaged checkpoint, with the command that goes back to the most recent intact one.
+
+        Training never falls back on its own: that would silently repeat hours of work.
+        """
         text = f"checkpoint {self.root / name} is damaged ({problem})"
-        for step in reversed(self.whole()):
+        for step in reversed(self.complete()):
             older = self.place(step)
             if older.name < name and not self.about(step)["files"].items() - file_sizes(older).items():
-                back = f"`echo {older.name} > {self.folder / 'LATEST'}`"
-                return f"{text}. The newest older whole one is of step {step}: {back} goes back to it"
-        return f"{text}, and there is no older whole one: start over in another run folder"
+                back = f"`echo {older.name} > {self.latest_file}`"
+                return f"{text}. The most recent intact one is of step {step}: {back} goes back to it"
+        return f"{text}, and there is no older intact one: start over in another run folder"

@@ -1,4 +1,4 @@
-"""Global random generators in a checkpoint: for what libraries draw (our own draws are per sample, models.noise)."""
+"""Global random generators in a checkpoint. Only libraries draw from them: our own noise is per sample (models.noise)."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ from trainer.distributed.world import seed_everything
 
 
 def global_generators(device: torch.device) -> dict:
-    """State of this rank's global generators, in tensors and plain containers."""
+    """State of this rank's global generators, as tensors and plain containers."""
     kind, words, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -32,6 +32,6 @@ def restore_generators(state: dict, device: torch.device) -> None:
 
 
 def reseed_generators(seed: int, step: int, rank: int) -> None:
-    """For a rank that the saved run had not: a function of (seed, step, rank) only."""
+    """For a rank that the saved run did not have: seeds that depend on (seed, step, rank) only."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     seed_everything(int.from_bytes(digest, "little") >> 1)

@@ -1,1 +1,1 @@
-"""Processes: how they meet, what they agree on, what they tell the job script."""
+"""The processes of a run: rendezvous, collectives, signals, logs, files for the job script."""

@@ -1,4 +1,4 @@
-"""Keeps libraries' chatter out of a job's log: 64 processes would say everything 64 times. Errors still come through.
+"""The run's log, without the messages of libraries, which 64 processes would print 64 times; their errors still appear.
 
 Import it before the libraries.
 """
@@ -12,16 +12,16 @@ def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-# DeepSpeed sets its logger's level itself when it is imported; a filter stays. It warns of every CPU-only machine.
+# It warns on every CPU-only machine. A filter, since DeepSpeed sets its logger's level when it is imported.
 logging.getLogger("DeepSpeed").addFilter(_errors_only)
-# torch warns that a CUDA build has no GPU; xformers that its own extension was built for another torch (the operators
-# that call PyTorch's kernels work all the same).
+# torch warns that a CUDA build sees no GPU, xformers that its extension was built for another torch (the operators that
+# call PyTorch's kernels still work).
 for _name in ("torch.utils.cpp_extension", "xformers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def no_progress_bars() -> None:
-    """Loading bars of diffusers and transformers: they take longer to read than the loading takes."""
+    """Turns off the progress bars with which diffusers and transformers load models."""
     import diffusers
     import transformers
 
@@ -33,7 +33,7 @@ log = logging.getLogger("disback")
 
 
 def start_log(folder: Path, main: bool) -> None:
-    """Messages of rank 0 go to stderr and to log.txt of the stage; other ranks only say what is an error."""
+    """Sends rank 0's messages to stderr and to the stage's log.txt; other ranks only print errors."""
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if main else logging.ERROR)

@@ -1,8 +1,8 @@
-"""How the processes of a run find each other, and a check of every node before any weight is loaded.
+"""Rendezvous of a run's processes, with a check of every node before any weight is loaded.
 
-Every rank writes who it is, and what is wrong with it, into the key-value store of rank 0. Rank 0 calls the roll within a
-time limit, says one line a node, and gives the verdict that all ranks then share: a node that does not answer is named at
-once, instead of a collective that hangs for half an hour.
+Every rank writes who it is, and what is wrong with it, to the key-value store of rank 0. Within a time limit rank 0 calls the
+roll, prints one line per node and publishes a verdict that all ranks share. A node that does not answer is thus named early,
+instead of hanging a collective for half an hour.
 """
 
 import datetime
@@ -14,29 +14,29 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.job import leave_word, node_name, report_nodes
+from trainer.distributed.job import node_name, report_bad_nodes, write_exit_status
 from trainer.errors import NodeTrouble, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-START_SECONDS = 600.0  # 64 nodes that import torch from one file system at once are slow, not dead
-SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+START_SECONDS = 600.0  # 64 nodes that import torch from one file system at the same time are slow, not dead
+SIOCGIFADDR = 0x8915  # linux/sockios.h: get an interface's address
 
 
-def environment() -> None:
-    """Gives torch.distributed its five variables: from the launcher, from srun, or for a single process."""
+def set_environment() -> None:
+    """Sets the five variables of torch.distributed, unless a launcher did: from srun's, or for a single process."""
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in env:
                 raise UserError(
-                    f"srun starts {env['WORLD_SIZE']} tasks but {name} is not set: export it in the job script, or use those "
-                    "of slurm/"
+                    f"srun starts {env['WORLD_SIZE']} tasks but {name} is not set: export it in the job script, or use the "
+                    "scripts of slurm/"
                 )
     if "RANK" not in env:
         with socket.socket() as probe:
@@ -46,10 +46,10 @@ def environment() -> None:
 
 
 def interface_toward(peer: str) -> str | None:
-    """The name of the network interface from which another node is reached; None if it cannot be told."""
+    """Name of the network interface that routes to another node, or None if unknown."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((peer, 9))  # sends nothing: it only chooses the route
+            probe.connect((peer, 9))  # UDP: sends nothing, only selects the route
         except OSError:
             return None
         own = probe.getsockname()[0]
@@ -57,41 +57,42 @@ def interface_toward(peer: str) -> str | None:
             try:
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:
-                continue  # an interface without an address
+                continue  # has no address
             if socket.inet_ntoa(answer[20:24]) == own:
                 return name
     return None
 
 
 def choose_interface() -> None:
-    """Makes gloo and NCCL talk over the interface that leads to the other nodes, unless the user chose one. Left alone they
-    take the first that is up, which on many clusters is a management network or a container bridge."""
+    """Makes gloo and NCCL use the interface that routes to the other nodes, unless the user chose one. By default they take
+    the first one that is up, on many clusters a management network or a container bridge."""
     peers = os.environ.get("DISBACK_PEERS", "").split()
     if len(peers) < 2:
         return
     name = interface_toward(peers[1] if os.environ.get("SLURM_NODEID", "0") == "0" else peers[0])
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, not all that begin so
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": exact name, not a prefix
 
 
 def find_device(accelerator) -> tuple[torch.device, str, str]:
-    """This rank's device, its name and, of a GPU, its identity. Raises UserError without the GPUs that the job asked for."""
+    """This rank's device, the device's name, and a GPU's UUID ("" on CPUs). Raises UserError if the job asked for GPUs that
+    torch does not see."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
         asked = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or "0"
         if asked != "0" and os.environ.get("DS_ACCELERATOR") != "cpu":
             raise UserError(
-                f"the job asked for GPUs ({asked} a node), but torch sees none: look at nvidia-smi on the node and at "
-                f"`python -c 'import torch; print(torch.version.cuda)'`, or submit with --gpus-per-node=0 to run on CPUs"
+                f"the job asked for GPUs ({asked} a node), but torch sees none: check nvidia-smi and "
+                f"`python -c 'import torch; print(torch.version.cuda)'` on the node, or submit with --gpus-per-node=0 to run on CPUs"
             )
         return torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads", ""
     count = accelerator.device_count()
     if count == 1 and local > 0:
         local = 0  # srun --gpus-per-task: each task sees its own GPU only
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed chooses its device by it
+        os.environ["LOCAL_RANK"] = "0"  # from which DeepSpeed derives its device
     if local >= count:
-        raise UserError(f"local rank {local} has no GPU: torch sees {count}; start one process a GPU")
+        raise UserError(f"local rank {local} has no GPU: torch sees {count}; start one process per GPU")
     accelerator.set_device(local)
     device = torch.device(accelerator.device_name(local))
     if device.type != "cuda":
@@ -101,8 +102,8 @@ def find_device(accelerator) -> tuple[torch.device, str, str]:
 
 
 def _store(rank: int, size: int, limit: float) -> dist.Store:
-    """The key-value store of rank 0, or of torchrun's agent. Raises UserError for a port in use, NodeTrouble without an
-    answer."""
+    """Key-value store of rank 0, or of torchrun's agent. Raises UserError if the port is in use, NodeTrouble if rank 0 does
+    not answer."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if serves:
@@ -114,24 +115,24 @@ def _store(rank: int, size: int, limit: float) -> dist.Store:
                 raise UserError(
                     f"port {port} cannot be used on node {node_name()} ({error.strerror}): set another MASTER_PORT"
                 ) from error
+    timeout = datetime.timedelta(seconds=limit)
     try:
-        store = dist.TCPStore(
-            address, port, size, serves, datetime.timedelta(seconds=limit), wait_for_workers=False
-        )  # fmt: skip
+        store = dist.TCPStore(address, port, size, serves, timeout, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         first = (os.environ.get("DISBACK_NODES", "").split() or [address])[0]
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            report_nodes([first])
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one message per node
+        if speaks:
+            report_bad_nodes([first])
         raise NodeTrouble(
             f"node {node_name()}, rank {rank}: rank 0 on node {first} did not answer at {address}:{port} within "
-            f"{limit:.0f} s: it has not started, or a firewall is between",
-            speaks=os.environ.get("LOCAL_RANK", "0") == "0",
+            f"{limit:.0f} s: it has not started, or a firewall blocks the connection",
+            speaks,
         ) from error
     return dist.PrefixStore("disback", store)
 
 
 def _node_of(rank: int, size: int) -> str:
-    """The node that a rank which said nothing should be on: Slurm hands ranks out node by node."""
+    """The node of a rank that has not reported: Slurm assigns ranks node by node."""
     nodes = os.environ.get("DISBACK_NODES", "").split()
     return nodes[rank * len(nodes) // size] if nodes else "unknown"
 
@@ -142,8 +143,17 @@ def _missing(ranks: list[int], size: int) -> tuple[str, list[str]]:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown} (node {', '.join(nodes)})", nodes
 
 
-def _roll_call(store: dist.Store, size: int, limit: float) -> dict:
-    """Rank 0: waits for all ranks, says one line a node; the verdict: {} or {"problem", "nodes", "mistake"}."""
+@dataclass(frozen=True)
+class Verdict:
+    """What rank 0 finds at the roll call. No problem: training can start. mistake: it is the user's, not that of `nodes`."""
+
+    problem: str = ""
+    nodes: tuple[str, ...] = ()
+    mistake: bool = False
+
+
+def _roll_call(store: dist.Store, size: int, limit: float) -> Verdict:
+    """Rank 0: waits for all ranks and prints one line per node."""
     deadline = time.monotonic() + limit
     keys = [f"rank/{rank}" for rank in range(size)]
     while not store.check(keys) and time.monotonic() < deadline:
@@ -151,7 +161,7 @@ def _roll_call(store: dist.Store, size: int, limit: float) -> dict:
     absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
     if absent:
         who, nodes = _missing(absent, size)
-        return {"problem": f"{who} did not answer within {limit:.0f} s of the start", "nodes": nodes, "mistake": False}
+        return Verdict(f"{who} did not answer within {limit:.0f} s of the start", tuple(nodes))
     answers = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys)}
     by_node: dict[str, list[int]] = {}
     for rank, answer in answers.items():
@@ -161,35 +171,35 @@ def _roll_call(store: dist.Store, size: int, limit: float) -> dict:
         node, problem = next(iter(bad.items()))
         everywhere = len(bad) == len(by_node)
         where = "every node" if everywhere and len(by_node) > 1 else f"node {', '.join(bad) if len(bad) < 9 else node}"
-        return {"problem": f"{where}: {problem}", "nodes": list(bad), "mistake": everywhere}
+        return Verdict(f"{where}: {problem}", tuple(bad), mistake=everywhere)
     for node, ranks in by_node.items():
         gpus = [answers[r]["gpu"] for r in ranks if answers[r]["gpu"]]
         if len(set(gpus)) < len(gpus):
-            problem = f"node {node}: several of the ranks {ranks} share one GPU: start one process a GPU"
-            return {"problem": problem, "nodes": [node], "mistake": True}
+            problem = f"node {node}: several of the ranks {ranks} share one GPU: start one process per GPU"
+            return Verdict(problem, (node,), mistake=True)
         span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
         names = ", ".join(sorted({answers[r]["device"] for r in ranks}))
         print(f"{node}: {span}: {len(ranks)} x {names}", file=sys.stderr, flush=True)
-    return {}
+    return Verdict()
 
 
-def _verdict(store: dist.Store, rank: int, size: int, limit: float) -> dict:
-    """Rank 0's verdict on the roll call, on every rank."""
+def _verdict(store: dist.Store, rank: int, size: int, limit: float) -> Verdict:
+    """The verdict of rank 0's roll call, on every rank."""
     if rank > 0:
         try:
             store.wait(["verdict"], datetime.timedelta(seconds=2 * limit))
-            verdict = json.loads(store.get("verdict"))
+            verdict = Verdict(**json.loads(store.get("verdict")))
             store.set(f"heard/{rank}", "")
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise NodeTrouble("rank 0 went away during the check of the nodes", speaks=False) from error
+            raise NodeTrouble("rank 0 ended during the check of the nodes", speaks=False) from error
         return verdict
-    verdict = _roll_call(store, size, limit) if size > 1 else {}
-    store.set("verdict", json.dumps(verdict))
-    if verdict:
-        if not verdict["mistake"]:
-            report_nodes(verdict["nodes"])
+    verdict = _roll_call(store, size, limit) if size > 1 else Verdict()
+    store.set("verdict", json.dumps(vars(verdict)))
+    if verdict.problem:
+        if not verdict.mistake:
+            report_bad_nodes(verdict.nodes)
         present = [r for r in range(1, size) if store.check([f"rank/{r}"])]
-        try:  # the store ends with this process: let the others read first
+        try:  # the store ends with this process: let the others read the verdict first
             store.wait([f"heard/{r}" for r in present], datetime.timedelta(seconds=5))
         except (dist.DistNetworkError, dist.DistStoreError):
             pass
@@ -197,12 +207,13 @@ def _verdict(store: dist.Store, rank: int, size: int, limit: float) -> dict:
 
 
 def _watch(done: threading.Event, size: int, limit: float) -> None:
-    """Rank 0: ends the process with a reason if the process group or the first all-reduce hangs."""
+    """Rank 0's watchdog thread: if the process group or the first all-reduce hangs, says which ranks are missing and ends
+    the process."""
     if done.wait(limit):
         return
-    store = dist.PrefixStore(
-        "disback", dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, False)
-    )  # a connection of its own: the main thread may hold the other one
+    # A second connection: the main thread may be blocked in the first one.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, False)
+    store = dist.PrefixStore("disback", store)
     what = "did not join the process group"
     absent = [r for r in range(size) if not store.check([f"joined/{r}"])]
     if not absent:
@@ -210,22 +221,22 @@ def _watch(done: threading.Event, size: int, limit: float) -> None:
         absent = [r for r in range(size) if not store.check([f"reduced/{r}"])]
     who, nodes = _missing(absent, size)
     if len(absent) < size:
-        report_nodes(nodes)
+        report_bad_nodes(nodes)
     else:
-        who = "all ranks answered, but they"  # each waits for the others: none can be blamed
+        who = "all ranks answered, but they"  # each waits for the others: no node is to blame
     over = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
-    text = f"{who} {what} within {limit:.0f} s over {over}: a firewall between the nodes or the wrong interface; set "
-    text += "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, NCCL_DEBUG=INFO tells more"
-    leave_word(1, text)
+    text = f"{who} {what} within {limit:.0f} s over {over}: a firewall between the nodes, or the wrong interface: set "
+    text += "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO shows more"
+    write_exit_status(1, text)
     print(f"disback: {text}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def meet(accelerator, backend: str, check: Callable[[], None]) -> torch.device:
-    """Joins the process group of all ranks and times an all-reduce; returns this rank's device.
+def join_process_group(accelerator, backend: str) -> torch.device:
+    """Checks all nodes, joins the process group and times an all-reduce. Returns this rank's device.
 
-    check: raises UserError if this node cannot compute. Raises UserError if no node can, NodeTrouble if some cannot or do
-    not answer within DISBACK_START_SECONDS (default 600).
+    accelerator: DeepSpeed's. Raises UserError if no node can compute, NodeTrouble if some nodes cannot, or do not answer
+    within DISBACK_START_SECONDS (default 600).
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     limit = float(os.environ.get("DISBACK_START_SECONDS", START_SECONDS))
@@ -233,7 +244,6 @@ def meet(accelerator, backend: str, check: Callable[[], None]) -> torch.device:
         choose_interface()
     device, name, gpu, problem = torch.device("cpu"), "", "", ""
     try:
-        check()
         device, name, gpu = find_device(accelerator)
     except UserError as error:
         if size == 1:
@@ -242,8 +252,8 @@ def meet(accelerator, backend: str, check: Callable[[], None]) -> torch.device:
     store = _store(rank, size, limit)
     store.set(f"rank/{rank}", json.dumps({"node": node_name(), "device": name, "gpu": gpu, "problem": problem}))
     verdict = _verdict(store, rank, size, limit)
-    if verdict:
-        raise UserError(verdict["problem"]) if verdict["mistake"] else NodeTrouble(verdict["problem"], rank == 0)
+    if verdict.problem:
+        raise UserError(verdict.problem) if verdict.mistake else NodeTrouble(verdict.problem, speaks=rank == 0)
     done = threading.Event()
     if rank == 0:
         threading.Thread(target=_watch, args=(done, size, limit), daemon=True).start()
@@ -265,13 +275,13 @@ def meet(accelerator, backend: str, check: Callable[[], None]) -> torch.device:
 
 
 def _time_all_reduce(device: torch.device, rank: int, size: int) -> None:
-    """Two all-reduces: the first opens the connections, the second is what they carry."""
+    """Prints the times of two all-reduces: the first opens the connections, the second shows their bandwidth."""
     data = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
     spent = []
     for _ in range(2):
         began = time.monotonic()
         dist.all_reduce(data)
-        value = float(data[0])  # waits for the device
+        value = float(data[0])  # synchronises the device
         data.fill_(1.0)
         spent.append(time.monotonic() - began)
     if value != size:

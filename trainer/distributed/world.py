@@ -1,29 +1,21 @@
-"""Processes: who am I, how many are we, and the few collectives that the stages need besides DeepSpeed's."""
+"""This process among all of a run, and the few collectives that the stages need besides DeepSpeed's."""
 
-import contextlib
-import io
 import os
 import random
-import shutil
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed.rendezvous import COLLECTIVE_TIMEOUT, environment, meet
+from trainer.distributed.rendezvous import COLLECTIVE_TIMEOUT, join_process_group, set_environment
 from trainer.errors import UserError
-
-STALE_LOCK_SECONDS = 900  # DeepSpeed's one-off build takes about a minute; older than this, its builder is dead
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank of size, and the device that it computes on."""
+    """This process: its rank, the number of processes, and the device that it computes on."""
 
     rank: int
     size: int
@@ -35,45 +27,22 @@ class World:
         return self.rank == 0
 
 
-def _check_compiler() -> None:
-    """DeepSpeed builds one small communication kernel on CPU-only machines at its first start."""
-    from torch.utils.cpp_extension import _get_build_directory, get_cxx_compiler
-
-    # ninja comes with DeepSpeed's own requirements, but an environment that is not activated is not on PATH.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
-    lock = folder / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
-        raise UserError(
-            f"a killed build of DeepSpeed's kernel left {lock}: remove that file, or start would wait for ever"
-        )
-    needed = ["ninja"] if any(folder.glob("*.so")) else ["ninja", get_cxx_compiler()]
-    missing = [name for name in needed if shutil.which(name) is None]
-    if missing:
-        raise UserError(
-            f"DeepSpeed builds its CPU communication kernel once, and {' and '.join(missing)} is not on PATH: install "
-            "a C++ compiler (Debian: g++) and ninja (pip install ninja), or name another compiler with CXX"
-        )
-
-
 def start() -> World:
-    """Joins the process group (nccl on GPUs, gloo on CPU), after a check of every node. Raises UserError or NodeTrouble
-    where training could not start."""
-    environment()
-    import deepspeed  # slow to import: verbs that need no engines do without
+    """Checks every node, then joins the process group (NCCL on GPUs, gloo on CPUs). Raises UserError or NodeTrouble where
+    training cannot start."""
+    set_environment()
+    # DeepSpeed takes seconds to import: verbs without engines do without it.
     from deepspeed.accelerator import get_accelerator
 
+    from trainer.distributed.deepspeed_comm import init_communication
+
     accelerator = get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
     local_rank = int(os.environ["LOCAL_RANK"])  # on its node, even where each task sees its own GPU only
     if dist.is_initialized():
-        device = torch.device("cpu" if on_cpu else accelerator.current_device_name())
+        device = torch.device(accelerator.current_device_name())
     else:
-        device = meet(
-            accelerator, accelerator.communication_backend_name(), _check_compiler if on_cpu else lambda: None
-        )
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
+        device = join_process_group(accelerator, accelerator.communication_backend_name())
+    init_communication(COLLECTIVE_TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -84,7 +53,8 @@ def finish() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global generators: for what libraries draw (dropout); our own draws are per sample (models.noise)."""
+    """Seeds the global random generators, which only libraries draw from (dropout): our own noise is a function of the
+    sample (models.noise)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -96,7 +66,7 @@ def barrier(world: World) -> None:
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:
-    """The mean of a small tensor over all ranks, on every rank."""
+    """Mean of a small tensor over all ranks, on every rank."""
     if world.size > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -105,7 +75,7 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:
-    """The sum of a tensor over all ranks, on every rank."""
+    """Sum of a tensor over all ranks, on every rank."""
     if world.size > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -113,7 +83,7 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Rows of all ranks, rank by rank, on every rank; the number of rows may differ."""
+    """All ranks' rows in rank order, on every rank. Ranks may have different numbers of rows."""
     if world.size == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world.size)]
@@ -127,8 +97,8 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
 
 
 def first_problem(problem: str | None, world: World) -> str | None:
-    """The first rank's problem, if any rank has one, on every rank: so that all raise it together and none is left
-    waiting. Waits for every rank: not for every step."""
+    """The problem of the lowest rank that has one, on every rank, so that all raise it together and none is left waiting in
+    a collective. A blocking collective: not for use in every step."""
     if world.size == 1:
         return problem
     problems: list[str | None] = [None] * world.size
@@ -137,17 +107,18 @@ def first_problem(problem: str | None, world: World) -> str | None:
 
 
 def node_group(world: World) -> dist.ProcessGroup:
-    """The group of this node's processes. A node is a run of ranks whose local ranks count up from 0, as every launcher
-    numbers them. Every rank must call it, the same number of times."""
-    locals_: list[int] = [0] * world.size
-    dist.all_gather_object(locals_, world.local_rank)
-    starts = [rank for rank, local in enumerate(locals_) if local == 0]
+    """Process group of this node's ranks. A node is a run of consecutive ranks whose local ranks count up from 0, as every
+    launcher numbers them. Every rank must call it, and equally often."""
+    local_ranks: list[int] = [0] * world.size
+    dist.all_gather_object(local_ranks, world.local_rank)
+    starts = [rank for rank, local in enumerate(local_ranks) if local == 0]
     nodes = [list(range(a, b)) for a, b in zip(starts, [*starts[1:], world.size], strict=True)]
-    if any([locals_[rank] for rank in node] != list(range(len(node))) for node in nodes):
+    if any([local_ranks[rank] for rank in node] != list(range(len(node))) for node in nodes):
         raise UserError(
-            f"local ranks {locals_} do not count up from 0 on each node: teacher_node cannot tell the nodes"
+            f"local ranks {local_ranks} do not count up from 0 on each node, so teacher_node cannot find the nodes: use the "
+            "teacher configuration, or a launcher that numbers ranks node by node"
         )
-    groups = [dist.new_group(node) for node in nodes]  # every rank makes every group
+    groups = [dist.new_group(node) for node in nodes]  # new_group is collective: every rank creates every group
     return next(group for node, group in zip(nodes, groups, strict=True) if world.rank in node)
 
 

@@ -1,1 +1,1 @@
-"""Networks as DeepSpeed engines: weights in and out, optimizer."""
+"""Networks as DeepSpeed engines: their roles, sharded weights, optimizer, and weights folders."""

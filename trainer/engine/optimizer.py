@@ -1,4 +1,4 @@
-"""AdamW that leaves out an update whose gradient is not finite."""
+"""AdamW that skips updates whose gradient is not finite, and the learning-rate schedule."""
 
 import math
 
@@ -11,11 +11,11 @@ from trainer.distributed.world import World
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW; an update is left out, on all ranks alike, if any rank's gradient has a NaN or an infinity.
+    """Fused AdamW that skips an update, on all ranks alike, if any rank's gradient has a NaN or an infinity.
 
-    One bad sample would otherwise put NaN into weights and moments, and the run would be lost. The decision stays on
-    the device: the fused kernel takes a flag, so that nothing is waited for. (DeepSpeed has such a check for some
-    stages and precisions only.) skipped: the number of updates left out, a scalar on the device.
+    Otherwise one bad sample would put NaN into weights and moments, and the run would be lost. The decision stays on the
+    device: the fused kernel takes it as a flag, so that the host does not wait. (DeepSpeed checks in some stages and
+    precisions only.) skipped: the number of skipped updates, a scalar on the device.
     """
 
     def __init__(self, parameters: list[nn.Parameter], settings: OptimizerSettings, world: World):
@@ -36,14 +36,14 @@ class GuardedAdamW(torch.optim.AdamW):
         bad = (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float().to(self.world.device)
         if self.world.size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        # Offloaded states are updated on the CPU, where the kernel would not wait for a flag that is still on its way.
+        # Offloaded states are updated on the CPU, whose kernel would not wait for a flag that is still being computed.
         self.found_inf: Tensor = bad.to(gradients[0].device)
         self.skipped += bad
         super().step(closure)
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """The learning rate of the update at `step` (from 0) of `steps`."""
+    """Learning rate of the update at `step` (from 0) of `steps`: linear warm-up, then constant or cosine decay."""
     rate = settings.lr
     if step < settings.warmup:
         rate *= (step + 1) / settings.warmup

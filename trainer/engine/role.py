@@ -1,11 +1,10 @@
-"""Roles as DeepSpeed engines: teacher (and target), generator, fake score. Engines only run networks."""
+"""Roles (teacher and target, generator, fake score) as DeepSpeed engines: they run networks, and know no objective."""
 
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -15,24 +14,29 @@ from trainer.config.deepspeed import WITHIN_NODE
 from trainer.config.schema import OptimizerSettings
 from trainer.distributed.logs import log
 from trainer.distributed.world import World, node_group
+from trainer.engine.deepspeed_internals import initialize, measures_norm, write_files_with
 from trainer.engine.optimizer import GuardedAdamW
+from trainer.engine.save_weights import Snapshot
 from trainer.engine.weights import Weights, load_folder
 from trainer.errors import UserError
 
-PROBE = 1 << 16  # weights a role that `update_ratio` looks at
+PROBE = 1 << 16  # weights per role that `update_ratio` looks at
 
 
 class Role:
-    """One network under DeepSpeed, trained (with an optimizer) or frozen (without).
+    """A network under DeepSpeed: trained if it has an optimizer, else frozen. Call it for a forward pass.
 
     network: with its weights, or on the meta device (`models.pipeline.empty_network`) and filled from `folder` here, every
-    rank reading its own rows only. wrap: what is made of the filled network, such as a Discriminator. variant: of the
-    weight files, here and in folders that are read later.
+    rank reading its own part only. config: DeepSpeed's. wrap: makes a module around the filled network, such as a
+    Discriminator. variant: of weight files, here and in folders that are read later. base: sha256 of the network below a
+    LoRA adapter.
 
-    Of a network with a LoRA adapter (models.lora.attach) only the adapter, and what was wrapped around the network, is
-    trained, sliced, averaged, switched and saved: its base stays as it was loaded, in the engine's precision, and has no
-    optimizer state. Call the role for a forward pass. `module` is the bare network,
-    for terms that need autograd to an input only. `config` is the network's own configuration, as its folder has it.
+    If the network carries an adapter (models.lora), only the adapter and what is wrapped around the network are trained,
+    sharded, averaged, switched and saved. The base stays as it was loaded, in the engine's precision, without optimizer state.
+
+    settings: the optimizer's; None if frozen. module: the bare network, for terms that need gradients with respect to an
+    input. config: the network's own configuration. keep_norm: set before an update whose gradient norm (before clipping) is
+    wanted as `last_norm`: a tensor, so that the update does not wait for the device, or a float after a resume.
     """
 
     def __init__(
@@ -43,59 +47,44 @@ class Role:
         world: World,
         optimizer: OptimizerSettings | None = None,
         folder: Path | None = None,
+        *,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
         variant: str = "",
+        base: str = "",
     ):
-        self.name, self.world, self.config = name, world, dict(getattr(network, "config", {}))
-        self.trained = optimizer is not None
+        self.name, self.world, self.base, self.config = name, world, base, dict(getattr(network, "config", {}))
+        self.settings, self.trained = optimizer, optimizer is not None
         self.stage = config["zero_optimization"]["stage"]
+        self.keep_norm = False
+        self.last_norm: Tensor | float | None = None
+        within_node, config = config.get(WITHIN_NODE, False), {k: v for k, v in config.items() if k != WITHIN_NODE}
         if not self.trained and self.stage not in (0, 3):
             raise UserError(f"{name}: a frozen role runs at ZeRO stage 0 or 3, not {self.stage}: use zero0 or teacher")
-        config = dict(config)
-        within_node = config.pop(WITHIN_NODE, False)
         if within_node and (self.trained or self.stage != 3):
             raise UserError(f"{name}: `{WITHIN_NODE}` is for a frozen role at ZeRO stage 3, such as teacher_node")
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-        began, tensors = time.monotonic(), 0
+        began, tensors, masters = time.monotonic(), 0, 0
         if folder is not None:
             group = node_group(world) if within_node else None
             tensors = load_folder(network, folder, world, dtype, config, group, variant)
-        loaded = network
-        if wrap is not None:
-            network = wrap(loaded)
-            for child in network.children() if network is not loaded else ():
-                if child is not loaded:
-                    child.to(world.device, dtype)
-        self.adapter = bool(adapter_parameters(loaded))
-        network.requires_grad_(False).train(self.trained)
-        own = self._own(network, loaded)
+        self.adapter = bool(adapter_parameters(network))
+        module = wrap(network) if wrap else network
+        for child in module.children() if wrap else ():
+            if child is not network:  # which is where it belongs already
+                child.to(world.device, dtype)
+        module.requires_grad_(False).train(self.trained)
+        own = _own_parameters(module, network)
         for parameter in own.values():
             parameter.requires_grad_(self.trained)
-        adam = None
-        if optimizer is not None:
-            adam = GuardedAdamW(list(own.values()), optimizer, world)
-        self.adam = adam
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=config)
-        if self.stage == 0 and world.size == 1 and dtype == torch.float32:
-            # Alone, DeepSpeed would still copy every gradient into a buffer and back: a quarter of a step at 35 M weights.
-            self.engine.enable_backward_allreduce = False
-        whole = self.engine.module
-        self.weights = Weights(self._own(whole, loaded) if self.adapter else whole, world, variant)
+        self.adam = GuardedAdamW(list(own.values()), optimizer, world) if optimizer else None
+        self.engine = initialize(module, self.adam, config)
+        self.weights = Weights(own if self.adapter else self.module, world, variant)
         self._probe: Tensor | None = self._some_weights()
-        masters = 0
         if folder is not None and self.trained and not self.adapter and dtype != torch.float32:
-            masters = Weights(loaded, world, variant).load_masters(folder, self.optimizer)
+            masters = Weights(network, world, variant).load_masters(folder, self.engine)
         if folder is not None:
             note = f", {masters} of them in full precision for the optimizer" if masters else ""
             log.info(f"{name}: {tensors} tensors from {folder} in {time.monotonic() - began:.1f} s{note}")
-
-    def _own(self, network: nn.Module, loaded: nn.Module) -> dict[str, nn.Parameter]:
-        """The role's own parameters by their names in files: all, or an adapter's and those around the loaded network."""
-        if not self.adapter:
-            return dict(network.named_parameters())
-        inside = {id(p) for p in loaded.parameters()}
-        around = {name: p for name, p in network.named_parameters() if id(p) not in inside}
-        return adapter_parameters(loaded) | around
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.engine(*args, **kwargs)
@@ -108,38 +97,34 @@ class Role:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def ranges(self) -> list[tuple[int, int]]:
-        """The flat elements [start, end) of each weight that this rank's slice has; see `local`."""
+        """The elements [start, end), counted flat, of each weight that this rank owns; see `local`."""
         return [(s.start, s.end) for s in self.weights.slices]
 
-    def step(self, loss: Tensor, rate: float, want_norm: bool = False) -> float | None:
-        """One micro-step: backward, and at the end of an accumulation the optimizer with learning rate `rate`.
-
-        Returns the gradient norm before clipping if asked for and known (this waits for the device).
-        """
-        for group in self.optimizer.param_groups:
+    def step(self, loss: Tensor, rate: float) -> None:
+        """One micro-step: a backward pass and, at the end of an accumulation, an update with learning rate `rate`."""
+        for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.engine.backward(loss)
-        plain = not hasattr(self.optimizer, "_global_grad_norm")
-        norm = None
-        if want_norm and plain and self.engine.is_gradient_accumulation_boundary():
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        keep = self.keep_norm and self.engine.is_gradient_accumulation_boundary()
+        if keep and not measures_norm(self.engine):
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self.last_norm = torch.nn.utils.get_total_norm(gradients)
         self.engine.step()
-        if want_norm and not plain:
-            norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        if keep and measures_norm(self.engine):
+            self.last_norm = self.engine.get_global_grad_norm()
 
     def skipped_updates(self) -> int:
-        """Updates left out because of a gradient that was not finite, by us or by DeepSpeed. Waits for the device."""
+        """Updates skipped by us or by DeepSpeed, since a gradient was not finite. Waits for the device."""
         return int(self.adam.skipped) + self.engine.skipped_steps
 
     def _some_weights(self) -> Tensor:
-        """A copy of the first weights of this rank's largest slice, float32."""
+        """The first weights of this rank's largest slice: a float32 copy."""
         largest = max(self.local(), key=lambda t: t.numel())
         return largest.reshape(-1)[:PROBE].float().clone()
 
     def update_ratio(self) -> Tensor:
-        """|change| / |weights| of some of this rank's weights since the last call: a scalar on the device. NaN at the first
-        call of a run that was cut anew, which has none to compare with."""
+        """|change| / |weights| since the last call, of some of this rank's weights: a scalar on the device. NaN at the first
+        call after resharding, when there is nothing to compare with."""
         now = self._some_weights()
         if self._probe is None:
             ratio = torch.tensor(torch.nan, device=now.device)
@@ -149,61 +134,84 @@ class Role:
         return ratio
 
     def watch_state(self) -> dict:
-        """What `skipped_updates` and `update_ratio` remember, for the run state."""
-        return {"skipped": self.adam.skipped, "probe": self._probe}
+        """For checkpoints: what the metrics of a resumed run need. Waits for the device."""
+        norm = None if self.last_norm is None else float(self.last_norm)
+        return {"skipped": self.adam.skipped, "probe": self._probe, "norm": norm}
 
     def load_watch_state(self, state: dict) -> None:
         self.adam.skipped.copy_(state["skipped"])
         self._probe = None if state["probe"] is None else self._probe.copy_(state["probe"])
+        self.last_norm = state["norm"]
 
     def local(self) -> list[Tensor]:
-        """The weights that this rank owns, 1/N of every parameter, flat; see trainer.engine.weights.Slice."""
+        """The weights that this rank owns: 1/N of every parameter, flat; see trainer.engine.weights.Slice."""
         return self.weights.local()
 
     @contextmanager
     def averaged(self, ema: Ema):
-        """The network with the averaged weights, for the time of the block; training weights come back to the bit. Every
+        """Gives the network the averaged weights within the block; then the training weights come back, bit for bit. Every
         rank must enter it."""
-        kept = [t.clone() for t in self.local()]
+        live = [t.clone() for t in self.local()]
         self.weights.write(ema.shadow)
         try:
             yield self
         finally:
-            self.weights.write(kept)
+            self.weights.write(live)
 
     def state_dict(self, ema: Ema | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
-        """A copy of the whole network's (or the adapter's) weights, or of their average, on rank 0 (host memory), None on
-        the others. Every rank must call it. dtype: default: the live one."""
+        """A copy of the whole network's (or adapter's) weights, or of their average, in host memory on rank 0; None on the
+        others. Every rank must call it. dtype: default: that of the live weights."""
         dtype = dtype or self.weights.slices[0].parameter.dtype
         return self.weights.copy(dtype) if ema is None else self.weights.gather(ema.shadow, dtype)
 
-    def save_engine(self, folder: Path) -> None:
-        """Writes weights and optimizer into folder/NAME, in DeepSpeed's form. Every rank must call it.
+    def snapshot(self, ema: Ema | None = None, dtype: torch.dtype | None = None) -> Snapshot | None:
+        """The same as something to write: the network's folder, or the adapter's LoRA folder."""
+        state = self.state_dict(ema, dtype)
+        if state is None:
+            return None
+        if self.adapter:
+            return Snapshot.of_adapter(state, self.module, self.base)
+        return Snapshot.of_network(state, self.config)
 
-        Frozen weights stay out: ZeRO-3 would save them in pieces that it loses on resume (DeepSpeed#3090, #5439), and
-        the pipeline folder has them, known by their hash.
+    def save_engine(self, folder: Path, write: Callable[[object, Path], None]) -> None:
+        """Writes weights and optimizer to folder/NAME in DeepSpeed's format, each file by `write(state, file)`. Every rank
+        must call it.
+
+        Frozen weights below an adapter stay out: DeepSpeed saves those of ZeRO-3 in pieces that it loses on resume
+        (DeepSpeed#3090, #5439), and the pipeline folder has them, known by their hash.
         """
+        write_files_with(self.engine, write)
         self.engine.save_checkpoint(
             str(folder), tag=self.name, save_latest=False, exclude_frozen_parameters=self.adapter
         )
 
     def load_engine(self, folder: Path) -> bool:
-        """Reads what `save_engine` wrote; False if there is nothing. Raises whatever DeepSpeed raises for a damaged
-        file, and RuntimeError for one of other parameters."""
-        strictly = load_trained if self.adapter else None
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=self.name, custom_load_fn=strictly)
+        """Reads what `save_engine` wrote; False if there is nothing. Raises RuntimeError if the files have other parameters,
+        and whatever DeepSpeed raises for damaged ones."""
+        strict = load_trained if self.adapter else None
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=self.name, custom_load_fn=strict)
         return loaded is not None
 
 
 def skipped_updates(roles: dict[str, Role]) -> int:
-    """Updates that were left out so far, by all roles. Reads the device."""
+    """Updates skipped so far, over all roles. Waits for the device."""
     return sum(role.skipped_updates() for role in roles.values() if role.trained)
 
 
 def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Loads a state dict of exactly the trained parameters into a network; the frozen ones stay. Raises RuntimeError."""
+    """Loads a state dict of exactly the trained parameters; the frozen ones stay. Raises RuntimeError."""
     frozen = {name for name, p in dst.named_parameters() if not p.requires_grad}
     wrong = dst.load_state_dict(src, strict=False)
     if wrong.unexpected_keys or set(wrong.missing_keys) != frozen:
         missing = sorted(set(wrong.missing_keys) - frozen)
         raise RuntimeError(f"missing {missing[:3]}, unexpected {wrong.unexpected_keys[:3]}")
+
+
+def _own_parameters(module: nn.Module, network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a role trains, by their names in files: all of the module, or, if the network in it carries an
+    adapter, the adapter's and those around the network."""
+    adapter = adapter_parameters(network)
+    if not adapter:
+        return dict(module.named_parameters())
+    inside = {id(p) for p in network.parameters()}
+    return adapter | {name: p for name, p in module.named_parameters() if id(p) not in inside}

@@ -1,6 +1,7 @@
-"""The curves of a report, as PNG bytes."""
+"""The curves of a report, as PNG files in memory; None where no run has the metric."""
 
 import io
+from collections.abc import Sequence
 
 import matplotlib
 
@@ -12,70 +13,56 @@ from trainer.evaluation.results import Results
 COLOURS = {"path": "#0072b2", "warm": "#e69f00", "none": "#777777"}
 
 
-def _png(figure: plt.Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return file.getvalue()
-
-
-def _axes(title: str, x: str, log: bool = False) -> tuple[plt.Figure, plt.Axes]:
-    figure, axes = plt.subplots(figsize=(5.2, 3.1))
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x, fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-    if log:
-        axes.set_yscale("log")
-    return figure, axes
-
-
-def compared(runs: list[Results], stage: str, key: str, title: str, log: bool = False) -> bytes | None:
-    """One metric of a stage for every run that has it."""
-    figure, axes = _axes(title, "step", log)
+def curves(
+    runs: list[Results], stage: str, key: str, title: str, log: bool = False, marks: Sequence[int] = ()
+) -> bytes | None:
+    """A metric of a stage, one curve per run. marks: steps to draw a vertical line at, such as those of the nodes."""
+    axes = _axes(title, log)
+    style = "steps-post" if key == "target_node" else "default"
     for run in runs:
         steps, values = run.curve(stage, key)
         if steps:
-            drawn = "steps-post" if key == "target_node" else "default"
             axes.plot(
-                steps, values, label=run.label, color=COLOURS[run.label], drawstyle=drawn, marker=".", markersize=3
+                steps, values, label=run.label, color=COLOURS[run.label], drawstyle=style, marker=".", markersize=3
             )
-    return _finish(figure, axes)
+    has_data = bool(axes.lines)
+    for mark in marks:
+        axes.axvline(mark, color="#d55e00", linewidth=0.8)
+    return _png(axes, has_data, legend=len(runs) > 1)
 
 
 def evaluated(runs: list[Results], key: str, title: str) -> bytes | None:
-    """An evaluation metric over checkpoints for every run that has one, with the teacher's as a line."""
-    figure, axes = _axes(title, "step")
+    """An evaluation metric over checkpoints, one curve per run, from the untrained start on; the teacher's as a line."""
+    axes = _axes(title)
+    start, teacher = runs[0].evaluation("start"), runs[0].evaluation("teacher")
     for run in runs:
         points = [(step, scores[key]) for step, scores in run.evaluations_over_steps() if scores[key] is not None]
-        start = runs[0].evaluation("start")
         if points and start and start[key] is not None:
             points = [(0, start[key]), *points]
         if points:
             axes.plot(*zip(*points, strict=True), label=run.label, color=COLOURS[run.label], marker="o", markersize=3)
-    teacher = runs[0].evaluation("teacher")
-    if axes.lines and teacher and teacher[key] is not None:
+    has_data = bool(axes.lines)
+    if teacher and teacher[key] is not None:
         axes.axhline(teacher[key], color="black", linestyle=":", linewidth=1, label="teacher")
-    return _finish(figure, axes)
+    return _png(axes, has_data)
 
 
-def single(
-    run: Results, stage: str, key: str, title: str, log: bool = False, marks: list[int] | None = None
-) -> bytes | None:
-    """One metric of one run; marks: steps to mark (recorded nodes)."""
-    figure, axes = _axes(title, "step", log)
-    steps, values = run.curve(stage, key)
-    if steps:
-        axes.plot(steps, values, color=COLOURS["path"], marker=".", markersize=3)
-    for mark in marks or []:
-        axes.axvline(mark, color="#d55e00", linewidth=0.8)
-    return _finish(figure, axes, legend=False)
+def _axes(title: str, log: bool = False) -> plt.Axes:
+    axes = plt.subplots(figsize=(5.2, 3.1))[1]
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+    if log:
+        axes.set_yscale("log")
+    return axes
 
 
-def _finish(figure: plt.Figure, axes: plt.Axes, legend: bool = True) -> bytes | None:
-    if not axes.lines:
-        plt.close(figure)
-        return None
-    if legend:
-        axes.legend(fontsize=8)
-    return _png(figure)
+def _png(axes: plt.Axes, has_data: bool, legend: bool = True) -> bytes | None:
+    file = io.BytesIO()
+    if has_data:
+        if legend:
+            axes.legend(fontsize=8)
+        axes.figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    plt.close(axes.figure)
+    return file.getvalue() or None

@@ -1,4 +1,4 @@
-"""Reads a run's files: metrics, evaluations and the rows of the final table."""
+"""A run's results, read from its files: metrics, evaluations and the rows of the final table. No torch."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from trainer.checkpoint.directory import by_step
 from trainer.errors import UserError
 
 LABELS = {"walk": "path", "warm": "warm", "none": "none"}
@@ -13,8 +14,8 @@ LABELS = {"walk": "path", "warm": "warm", "none": "none"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table. train_seconds: of the teacher its training, of a generator recording (if it uses the
-    path) and backtracking."""
+    """One line of the final table. train_seconds: pretraining for the teacher; backtracking for a generator, plus
+    recording if it uses the path."""
 
     label: str
     sampling_steps: int
@@ -26,13 +27,13 @@ class Row:
 
 
 class Results:
-    """What a run folder holds. Everything may be missing but the configuration."""
+    """The results in a run folder. Only config.yaml is required; all else may be missing."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         file = folder / "config.yaml"
         if not file.is_file():
-            raise UserError(f"{folder}: no config.yaml there: it is not a run's folder, or nothing has run in it yet")
+            raise UserError(f"{folder}: has no config.yaml: it is not a run folder, or nothing has run in it yet")
         self.config = yaml.safe_load(file.read_text())
 
     @property
@@ -47,19 +48,22 @@ class Results:
         return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
 
     def curve(self, stage: str, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it is not null."""
         points = [(line["step"], line[key]) for line in self.lines(stage) if line.get(key) is not None]
         return [p[0] for p in points], [p[1] for p in points]
 
     def evaluation(self, what: str) -> dict | None:
+        """The metrics of an evaluation, such as that of "generator"."""
         file = self.folder / "eval" / what / "metrics.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     def evaluations_over_steps(self) -> list[tuple[int, dict]]:
-        names = sorted(p.parent.name for p in (self.folder / "eval").glob("step-????????/metrics.json"))
-        return [(int(name[5:]), self.evaluation(name)) for name in names]
+        """Steps and metrics of the checkpoints that were evaluated."""
+        folders = by_step(self.folder / "eval").items()
+        return [(step, scores) for step, folder in folders if (scores := self.evaluation(folder.name))]
 
     def seconds(self, stage: str) -> float:
-        """Training time of a stage that this run, or the run that made its pipeline or path, went through."""
+        """Training time of a stage, of this run or of the run that its pipeline or path comes from."""
         roots = {
             "record": self.config["path"],
             "pretrain": self.config["pipeline"],
@@ -70,8 +74,8 @@ class Results:
         return times[-1] if times else 0.0
 
     def grids(self, stage: str) -> list[tuple[int, Path]]:
-        files = sorted((self.folder / stage / "samples").glob("step-*.png"))
-        return [(int(f.stem[5:]), f) for f in files]
+        """Steps and files of a stage's sample grids."""
+        return list(by_step(self.folder / stage / "samples", ".png").items())
 
     def generator_row(self) -> Row | None:
         scores = self.evaluation("generator")
@@ -83,7 +87,7 @@ class Results:
         return _row(self.label, 1, updates, scores, seconds)
 
     def other_rows(self) -> list[Row]:
-        """The teacher with all its steps, and the untrained generator."""
+        """The teacher, sampled with all its steps, and the untrained generator."""
         rows = []
         if scores := self.evaluation("teacher"):
             seconds = self.seconds("pretrain") + self.seconds("autoencoder")
@@ -98,14 +102,14 @@ def _row(label: str, steps: int, updates: int, scores: dict, seconds: float) -> 
 
 
 def table(runs: list[Results]) -> list[Row]:
-    """Rows in the order teacher, start, none, warm, path; the first run brings teacher and start."""
+    """Rows in the order teacher, start, none, warm, path. Teacher and start are those of the first run."""
     rows = runs[0].other_rows() + [row for run in runs if (row := run.generator_row())]
     order = ["teacher", "start", "none", "warm", "path"]
     return sorted(rows, key=lambda row: order.index(row.label))
 
 
 def as_text(rows: list[Row]) -> str:
-    """The table in plain text."""
+    """The table as plain text."""
     lines = [f"{'':8} {'steps/image':>11} {'updates':>8} {'FID':>8} {'class acc.':>10} {'images':>7} {'train':>7}"]
     for r in rows:
         fid = f"{r.fid:8.2f}" if r.fid is not None else f"{'-':>8}"

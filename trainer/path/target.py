@@ -1,4 +1,4 @@
-"""The teacher's engine as the walk's target: nodes are loaded into it in place, read ahead by a background thread."""
+"""Which node of the path is the target, and loading it into the teacher's engine in place, read ahead by a thread."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.sampling_order import BatchSplit
 from models.errors import ModelError
 from trainer.config.schema import WalkSettings
 from trainer.distributed.logs import log
@@ -41,16 +42,16 @@ def moves_on(settings: WalkSettings, update: int, last_switch: int, first_mismat
 
 
 class ReadAhead:
-    """Reads this rank's part of weights folders in a background thread, into one host buffer in the live dtype (pinned
-    on a GPU): at most one folder is in memory, and a switch is left with a copy to the device."""
+    """Reads this rank's slices of weights folders in a background thread, into one host buffer in the live dtype (pinned
+    on a GPU). At most one folder is in memory, and a switch only has to copy it to the device."""
 
     def __init__(self, weights: Weights, device: torch.device):
         self.weights, self.pinned = weights, device.type == "cuda"
-        # A thread begins on the first GPU, and pinning there would open a context on it.
+        # A new thread's device is the first GPU, and pinning there would open a context on it.
         begin = (torch.cuda.set_device, (device,)) if self.pinned else (None, ())
         self._thread = ThreadPoolExecutor(1, "node-reader", *begin)
         self._buffers: list[Tensor] | None = None
-        self._copied: torch.cuda.Event | None = None  # behind the copies to the device of what was in the buffer before
+        self._copied: torch.cuda.Event | None = None  # recorded after the last copies from the buffer to the device
         self._ahead: tuple[Path | None, Future] | None = None
 
     def _read(self, folder: Path | None) -> list[Tensor]:
@@ -63,18 +64,19 @@ class ReadAhead:
         return self.weights.read(folder, self._buffers)
 
     def begin(self, folder: Path | None) -> None:
-        """Begins to read a folder; None is zeros, which an adapter is on the teacher itself. What was taken before must have been written (`written`)."""
+        """Starts to read a folder; None reads as zeros, the teacher's own adapter. The values taken before must have been
+        written (`written`)."""
         self._ahead = folder, self._thread.submit(self._read, folder)
 
     def take(self, folder: Path | None) -> list[Tensor]:
-        """The folder's part, read ahead or now; valid until the next `begin`. Raises ModelError."""
+        """The folder's slices, read ahead or now; valid until the next `begin`. Raises ModelError."""
         if self._ahead is None or self._ahead[0] != folder:
-            self.begin(folder)  # behind what is still being read, in the same thread
+            self.begin(folder)  # queued behind what the thread is still reading
         future, self._ahead = self._ahead[1], None
         return future.result()
 
     def written(self) -> None:
-        """Marks the present point of the device's work as the one after which the buffer may be filled again."""
+        """The buffer may be filled again once the device has finished the work submitted so far."""
         if self.pinned:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -83,25 +85,21 @@ class ReadAhead:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-def merge_walks(states: list[dict]) -> dict:
-    """`Target.state_dict`s of all ranks as one: they differ only in the running sum of a rank's own mismatches, of which
-    a decision takes the mean."""
-    return states[0] | {"sum": sum(state["sum"] for state in states) / len(states)}
-
-
 class Target:
-    """Which node the teacher's engine holds, and the walk's recorded decisions.
+    """The target node: what the teacher's engine holds, and the walk's recorded decisions (part of the run state).
 
-    path: None keeps the teacher as the target for ever.
+    path: None keeps the teacher as the target. mean: the mean of a scalar over all ranks.
     """
 
-    def __init__(self, teacher: Role, path: DegradationPath | None, settings: WalkSettings):
-        self.teacher, self.path, self.settings = teacher, path, settings
+    def __init__(
+        self, teacher: Role, path: DegradationPath | None, settings: WalkSettings, mean: Callable[[Tensor], float]
+    ):
+        self.teacher, self.path, self.settings, self.mean = teacher, path, settings, mean
         self.nodes = len(path.nodes) if path else 0
         fixed = path is not None and settings.mode == "fixed"
         self.switches = fixed_switches(self.nodes, settings.interval) if fixed else []
-        self.node = 0  # what the engine holds: it starts as the teacher
-        # Adaptive walk: mismatch of the first interval on this node, and the running sum of the present one.
+        self.node = 0  # the engine starts as the teacher
+        # Adaptive walk: mismatch of the first interval on this node, and the running sum of the present interval.
         self.first: float | None = None
         self.sum: Tensor | float = 0.0
         self.count = 0
@@ -111,17 +109,22 @@ class Target:
         """The node that is the target at a generator update."""
         return target(update, self.nodes, self.switches) if self.path else 0
 
-    def move(self, update: int) -> bool:
-        """Makes the engine hold the node of this update; True if it changed. Every rank must call it."""
+    def switches_at(self, update: int) -> bool:
+        """Whether a walk starts or moves on at a generator update."""
+        return self.path is not None and (update == 0 or self.wanted(update) != self.wanted(update - 1))
+
+    def move(self, update: int) -> None:
+        """Makes the engine hold the target node of a generator update. Every rank must call it. Raises UserError on all
+        of them if one cannot read the node."""
         node = self.wanted(update)
         if node == self.node:
-            return False
+            return
         values = problem = None
         try:
             values = self._reader.take(self._folder(node))
         except ModelError as error:
             problem = f"target node {node} cannot be loaded at generator update {update}: {error}"
-        # Every rank must write, or none may: where ranks put parameters together, one that gave up would be waited for.
+        # All ranks write or none: where ranks assemble parameters together, they would wait for one that gave up.
         if problem := first_problem(problem, self.teacher.world):
             raise UserError(problem)
         self.teacher.weights.write(values)
@@ -132,20 +135,19 @@ class Target:
         )
         if node > 0:
             self._reader.begin(self._folder(node - 1))
-        return True
 
     def _folder(self, node: int) -> Path | None:
-        """What to read for a node. An adapter of zeros is the teacher itself: its node 0 is not read."""
+        """The folder to read for a node. None for the node 0 of LoRA nodes: an adapter of zeros is the teacher itself."""
         return None if node == 0 and self.teacher.adapter else self.path.folder(node)
 
-    def observe(self, update: int, mismatch: Tensor, mean: Callable[[Tensor], float]) -> None:
-        """Adaptive walk: takes the mismatch of this update and, once an interval, decides (this reads the device)."""
+    def observe(self, update: int, mismatch: Tensor) -> None:
+        """Adaptive walk: adds the mismatch of this update and decides once per interval, which reads the device."""
         if self.path is None or self.settings.mode == "fixed" or self.node == 0:
             return
         self.sum, self.count = self.sum + mismatch.detach().double(), self.count + 1
         if self.count < self.settings.interval:
             return
-        value = mean(self.sum / self.count)
+        value = self.mean(self.sum / self.count)
         self.sum, self.count = 0.0, 0
         if self.first is None:
             self.first = value
@@ -160,6 +162,10 @@ class Target:
     def load_state_dict(self, state: dict) -> None:
         self.switches, self.first = list(state["switches"]), state["first"]
         self.sum, self.count = state["sum"], state["count"]
+
+    def regroup(self, states: list[dict], saved: BatchSplit) -> dict:
+        """States of all ranks differ only in the running sum of a rank's own mismatches, whose mean decides."""
+        return states[0] | {"sum": sum(state["sum"] for state in states) / len(states)}
 
     def close(self) -> None:
         self._reader.close()

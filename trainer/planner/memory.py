@@ -1,19 +1,18 @@
-"""Bytes and communication of a role under DeepSpeed, as pure arithmetic of its ZeRO stage and the number of processes.
+"""A role's memory and communication under DeepSpeed, as arithmetic of its ZeRO stage and the number of GPUs.
 
-What each stage keeps was read in DeepSpeed 0.19 and is compared with its real engines in the tests.
+What each stage keeps was read in DeepSpeed 0.19, and the tests compare it with its real engines.
 """
 
 from dataclasses import dataclass
 
-from models.profile import Cost
+from models.profile import NetworkMemory
 
-GB = 1e9
-MASTER, MOMENTS = 4, 8  # bytes an element: float32 weights, and Adam's two float32 moments
+MASTER, MOMENTS = 4, 8  # bytes per element: float32 weights, and Adam's two float32 moments
 
 
 @dataclass(frozen=True)
 class Zero:
-    """The part of a DeepSpeed JSON that decides about memory; defaults are DeepSpeed's."""
+    """The keys of a DeepSpeed JSON that decide about memory; defaults are DeepSpeed's."""
 
     stage: int
     reduce_bucket: int
@@ -31,37 +30,80 @@ class Zero:
         z = config.get("zero_optimization", {})
         stage = z.get("stage", 0)
 
-        def offloaded(what: str) -> bool:
-            return (z.get(what) or {}).get("device", "none") != "none"
+        def offloaded(key: str) -> bool:
+            return (z.get(key) or {}).get("device", "none") != "none"
 
         return cls(
-            stage,
-            int(z.get("reduce_bucket_size", 5e8)),
-            z.get("overlap_comm", stage == 3) and stage < 3,
-            z.get("contiguous_gradients", True),
-            int(z.get("stage3_prefetch_bucket_size", 5e7)),
-            int(z.get("stage3_param_persistence_threshold", 1e5)),
-            int(z.get("stage3_max_live_parameters", 1e9)),
-            offloaded("offload_optimizer"),
-            offloaded("offload_param"),
+            stage=stage,
+            reduce_bucket=int(z.get("reduce_bucket_size", 5e8)),
+            double_buffer=z.get("overlap_comm", stage == 3) and stage < 3,
+            contiguous=z.get("contiguous_gradients", True),
+            prefetch=int(z.get("stage3_prefetch_bucket_size", 5e7)),
+            persistence=int(z.get("stage3_param_persistence_threshold", 1e5)),
+            max_live=int(z.get("stage3_max_live_parameters", 1e9)),
+            offload_optimizer=offloaded("offload_optimizer"),
+            offload_parameters=offloaded("offload_param") and stage == 3,
         )
 
 
 @dataclass(frozen=True)
-class RoleBytes:
-    """Bytes a GPU. Held all the time: parameters, optimizer, ema, persistent gradients or buffers. gradients: from the
-    backward pass to the update (always, under stage 3). buckets, gathered: while the role computes. update: float32
-    gradients of this rank's part while the optimizer steps. host: of pinned or plain host memory."""
+class PlannedRole:
+    """One role on one of `ranks` GPUs; all sizes in bytes.
 
-    parameters: float = 0
-    gradients: float = 0
-    optimizer: float = 0
-    ema: float = 0
-    buckets: float = 0
-    gathered: float = 0
-    update: float = 0
-    host: float = 0
-    gradients_stay: bool = False
+    width: bytes per element in the run's precision, 2 or 4. averaged: with an EMA. A frozen role has parameters only.
+    """
+
+    network: NetworkMemory
+    zero: Zero
+    ranks: int
+    width: int
+    trained: bool
+    averaged: bool = False
+
+    @property
+    def parameters(self) -> float:
+        return 0 if self.zero.offload_parameters else self._weights
+
+    @property
+    def gradients(self) -> float:
+        """From the backward pass to the update; under ZeRO-3 all the time."""
+        return 0 if self._offloads else self.width * self._trainable / (self.ranks if self.zero.stage >= 2 else 1)
+
+    @property
+    def optimizer(self) -> float:
+        return 0 if self._offloads else self._optimizer_width * self._owned
+
+    @property
+    def update(self) -> float:
+        """While the optimizer steps: the float32 gradients that Adam reads. A float32 run has them already."""
+        return 0 if self._offloads or self.width == 4 else 4 * self._owned
+
+    @property
+    def ema(self) -> float:
+        """The float32 average, which all ranks share at every ZeRO stage."""
+        return 4 * self._trainable / self.ranks if self.averaged else 0
+
+    @property
+    def buckets(self) -> float:
+        """While the role computes: gradients on their way to other ranks."""
+        if not self.trained or not self.zero.stage or not (self.zero.contiguous or self.zero.stage == 3):
+            return 0
+        return self.zero.reduce_bucket * self.width * (2 if self.zero.double_buffer else 1)
+
+    @property
+    def gathered(self) -> float:
+        """While the role computes: the weights that ZeRO-3 has gathered from other ranks."""
+        if self.zero.stage < 3 or self.ranks == 1:
+            return 0
+        sizes = self.network.trainable + self.network.frozen
+        small = sum(n for n in sizes if n <= self.zero.persistence)
+        return self.width * (small + min(sum(sizes) - small, self.zero.max_live + self.zero.prefetch))
+
+    @property
+    def host(self) -> float:
+        """Host memory: offloaded weights; offloaded masters, moments, float32 gradients and a buffer for new weights."""
+        weights = self._weights if self.zero.offload_parameters else 0
+        return weights + ((self._optimizer_width + 4 + self.width) * self._owned if self._offloads else 0)
 
     @property
     def state(self) -> float:
@@ -70,83 +112,71 @@ class RoleBytes:
 
     @property
     def idle(self) -> float:
-        """While another role computes."""
-        return self.parameters + self.optimizer + self.ema + (self.gradients if self.gradients_stay else 0)
+        """Held while another role computes."""
+        return self.parameters + self.optimizer + self.ema + self.gradients - self.passing_gradients
 
     @property
-    def busy(self) -> float:
-        """While this role computes, activations not counted."""
-        return self.parameters + self.optimizer + self.ema + self.gradients + self.buckets + self.gathered
+    def passing_gradients(self) -> float:
+        """Gradients that an update frees: all but ZeRO-3's, which stay."""
+        return 0 if self.zero.stage == 3 else self.gradients
 
+    @property
+    def computing(self) -> float:
+        """On top of `idle` while the role computes, without activations."""
+        return self.passing_gradients + self.buckets + self.gathered
 
-def partition(elements: int, ranks: int) -> list[tuple[int, int]]:
-    """The flat [start, end) of a parameter that each rank owns under ZeRO-3: equal pieces, the last one short."""
-    piece = -(-elements // ranks)
-    return [(min(rank * piece, elements), min((rank + 1) * piece, elements)) for rank in range(ranks)]
+    @property
+    def updating(self) -> float:
+        """On top of `idle` while the role's optimizer steps."""
+        return self.passing_gradients + self.update
 
+    @property
+    def checkpoint(self) -> float:
+        """On disk, over all ranks: weights, optimizer state, EMA. ZeRO-3 writes trained weights in float32 only."""
+        weights = self.width * (sum(self.network.frozen) if self.zero.stage == 3 else self.network.parameters)
+        return weights + (self._optimizer_width + (4 if self.averaged else 0)) * self._trainable
 
-def role_bytes(cost: Cost, zero: Zero, ranks: int, width: int, trained: bool, ema: bool = False) -> RoleBytes:
-    """Memory of one role on one of `ranks` GPUs. width: bytes an element of the run's precision (2 or 4).
+    @property
+    def forward_traffic(self) -> float:
+        """Bytes sent for a forward pass without gradient: ZeRO-3 gathers the weights."""
+        return self._ring * self.width * self.network.parameters if self.zero.stage == 3 else 0
 
-    Below stage 3 parameters are whole; gradients are whole at stages 0 and 1; stages 1 to 3 share the optimizer state.
-    A frozen role has parameters only. In a float32 run only stage 0 keeps no master weights.
-    """
-    trainable, frozen = (sum(cost.trainable), sum(cost.frozen)) if trained else (0, cost.parameters)
-    sharded = zero.stage == 3
-    share = ranks if sharded else 1
-    parameters = width * (trainable + frozen) / share
-    out = {"parameters": parameters, "ema": 4 * sum(cost.trainable) / ranks if ema else 0}
-    if sharded:
-        small = sum(n for n in cost.trainable + cost.frozen if n <= zero.persistence) if ranks > 1 else 0
-        rest = cost.parameters - small
-        gathered = small + min(rest, zero.max_live + zero.prefetch) if ranks > 1 else 0
-        out["gathered"] = width * gathered
-    if zero.offload_parameters and sharded:
-        out |= {"parameters": 0, "host": parameters}
-    if not trained:
-        return RoleBytes(**out)
-    owned = trainable / (ranks if zero.stage else 1)
-    masters = MASTER if width == 2 or zero.stage else 0
-    optimizer = (masters + MOMENTS) * owned
-    gradients = width * trainable / (ranks if zero.stage >= 2 else 1)
-    # The float32 copy of the gradient that Adam reads; a float32 run has it already.
-    update = 4 * owned if width == 2 else 0
-    bucket = zero.reduce_bucket * width * (2 if zero.double_buffer else 1)
-    out["buckets"] = bucket if zero.stage and (zero.contiguous or sharded) else 0
-    if zero.offload_optimizer:
-        # Masters, moments, float32 gradients and a buffer for the new weights live in host memory; the update is there.
-        host = out.get("host", 0) + optimizer + (4 + width) * owned
-        out |= {"host": host, "optimizer": 0, "gradients": 0, "update": 0}
-        return RoleBytes(**out)
-    stay = zero.stage == 3
-    return RoleBytes(**out, gradients=gradients, optimizer=optimizer, update=update, gradients_stay=stay)
+    def update_traffic(self, gathers: int, micro_steps: int) -> float:
+        """Bytes sent for one update of the role. gathers: passes per micro-step that gather weights under ZeRO-3.
 
+        Stage 0: one all-reduce. 1: the same volume, as reduce-scatter of gradients and all-gather of new weights. 2: a
+        reduce-scatter per micro-step. 3: that, and an all-gather per pass.
+        """
+        gradients = self._ring * self.width * self._trainable
+        if self.zero.stage < 2:
+            return 2 * gradients
+        if self.zero.stage == 2:
+            return gradients * (micro_steps + 1)
+        return (gradients + gathers * self.forward_traffic) * micro_steps
 
-def checkpoint_bytes(cost: Cost, zero: Zero, width: int, ema: bool) -> float:
-    """Of a role in a checkpoint, over all ranks: weights, optimizer state, EMA. Under stage 3 DeepSpeed writes the
-    float32 weights only."""
-    trainable = sum(cost.trainable)
-    weights = width * (sum(cost.frozen) if zero.stage == 3 else cost.parameters)
-    masters = MASTER if width == 2 or zero.stage else 0
-    return weights + (masters + MOMENTS) * trainable + (4 * trainable if ema else 0)
+    @property
+    def _trainable(self) -> int:
+        return sum(self.network.trainable) if self.trained else 0
 
+    @property
+    def _owned(self) -> float:
+        """Trained elements whose optimizer state is this rank's: stages 1 to 3 share it."""
+        return self._trainable / (self.ranks if self.zero.stage else 1)
 
-def update_traffic(cost: Cost, zero: Zero, ranks: int, width: int, passes: int, micro_steps: int) -> float:
-    """Bytes that one GPU sends for one update of a trained role (ring collectives send (N - 1) / N of the volume).
+    @property
+    def _optimizer_width(self) -> int:
+        """Bytes per element. Only stage 0 in float32 keeps no master weights."""
+        return MOMENTS + (MASTER if self.width == 2 or self.zero.stage else 0)
 
-    passes: forward and backward passes in a micro-step, each of which gathers the parameters under ZeRO-3.
-    Stage 0: an all-reduce a update. 1: the same volume, as reduce-scatter and all-gather of updated weights. 2: a
-    reduce-scatter every micro-step. 3: that, and an all-gather every pass.
-    """
-    ring = (ranks - 1) / ranks
-    gradients, weights = width * sum(cost.trainable), width * cost.parameters
-    if zero.stage < 2:
-        return 2 * ring * gradients
-    if zero.stage == 2:
-        return ring * gradients * (micro_steps + 1)
-    return ring * (gradients * micro_steps + weights * passes * micro_steps)
+    @property
+    def _weights(self) -> float:
+        return self.width * self.network.parameters / (self.ranks if self.zero.stage == 3 else 1)
 
+    @property
+    def _offloads(self) -> bool:
+        return self.trained and self.zero.offload_optimizer
 
-def forward_traffic(cost: Cost, zero: Zero, ranks: int, width: int) -> float:
-    """Bytes that one GPU sends for a forward pass without gradient: an all-gather under ZeRO-3."""
-    return (ranks - 1) / ranks * width * cost.parameters if zero.stage == 3 else 0.0
+    @property
+    def _ring(self) -> float:
+        """Share of a volume that each rank sends in a ring collective."""
+        return (self.ranks - 1) / self.ranks

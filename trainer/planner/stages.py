@@ -1,186 +1,228 @@
-"""Memory, work and traffic of recording and backtracking on given machines, moment by moment. Pure arithmetic over what
-models.profile has measured."""
+"""Memory, traffic and FLOP of recording and backtracking on given GPUs."""
 
-import math
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
 from models.architecture import Architecture
-from models.errors import ModelError
-from models.gan import no_features
-from models.profile import Cost, cost
+from models.profile import NetworkMemory, PassFlops, network_memory, pass_flops, with_head
+from models.settings import LoraSettings
 from trainer.config.deepspeed import deepspeed_config, micro_batch
 from trainer.config.schema import RunSettings
-from trainer.distributed.world import World
-from trainer.planner.memory import RoleBytes, Zero, checkpoint_bytes, forward_traffic, role_bytes, update_traffic
+from trainer.planner.flops import backtrack_flops, record_flops, sampling_passes
+from trainer.planner.memory import PlannedRole, Zero
 
-# CUDA context, cuBLAS and cuDNN workspaces, NCCL channels: ours, a round figure for one process on one GPU.
+# CUDA context, cuBLAS and cuDNN workspaces, NCCL channels: our round figure for one process on one GPU.
 RUNTIME = 2e9
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage on one GPU. moments: bytes by moment. flops: of a step. traffic: bytes sent a step. host: bytes a rank."""
-
-    stage: str
-    micro: int
-    roles: dict[str, RoleBytes]
-    zero: dict[str, int]
-    activations: dict[str, float]
-    fixed: dict[str, float]
-    moments: dict[str, float]
-    flops: float
-    traffic: float
-    checkpoint: float
-    steps: int
-
-    @property
-    def peak(self) -> tuple[str, float]:
-        return max(self.moments.items(), key=lambda item: item[1])
-
-    @property
-    def host(self) -> float:
-        return sum(role.host for role in self.roles.values())
-
-
-def network_cost(settings: RunSettings, architecture: Architecture, trained: bool) -> Cost:
-    """The measured cost of a role's network; a frozen teacher has no LoRA matrices."""
-    rank = settings.lora.rank if trained else 0
-    return cost(
+def role_network(settings: RunSettings, architecture: Architecture, trained: bool) -> NetworkMemory:
+    """The measured network of a trained role, or of a frozen one, which has no LoRA matrices."""
+    return network_memory(
         architecture.denoiser,
         architecture.latent_shape(settings.data.resolution),
         architecture.tokens,
         torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         settings.network.checkpointing,
-        rank,
-        tuple(settings.lora.targets) if rank else (),
-        settings.network.attention != "math",
+        settings.lora if trained else LoraSettings(),
+        fused=settings.network.attention != "math",
     )
 
 
-def with_head(net: Cost, architecture: Architecture, resolution: int) -> Cost:
-    """The fake score with DMD2's GAN head on the middle block's features: convolutions 4 x 4 that halve the side down to
-    4, and one to a single logit. Its activations and FLOP are below a hundredth of the network's and left out. Raises
-    ModelError for a network without middle block."""
-    blocks = architecture.denoiser.get("block_out_channels")
-    if blocks is None:
-        raise ModelError(no_features(architecture.denoiser["_class_name"]))
-    channels, side = blocks[-1], architecture.latent_shape(resolution)[1] // 2 ** (len(blocks) - 1)
-    halvings = max(int(math.log2(max(side, 4))) - 2, 0)
-    head = (16 * channels * channels,) * halvings + (16 * channels,)
-    return replace(net, trainable=net.trainable + head)
+def network_flops(settings: RunSettings, architecture: Architecture) -> PassFlops:
+    """The counted passes of the run's networks."""
+    shape = architecture.latent_shape(settings.data.resolution)
+    return pass_flops(architecture.denoiser, shape, architecture.tokens, settings.gan.enabled, settings.lora)
 
 
-def _zero(name: str, settings: RunSettings, micro: int, accumulation: int, world: World) -> Zero:
-    return Zero.of(deepspeed_config(name, micro, accumulation, 0.0, settings.precision, world.size))
+class StagePlan(ABC):
+    """One stage on one of `ranks` GPUs. Raises UserError for a batch that does not divide, ModelError for a network that
+    the GAN head cannot read."""
+
+    name: str
+    sample_flops: Callable[[RunSettings, PassFlops, bool], float]  # per sample of an average step
+
+    def __init__(self, settings: RunSettings, architecture: Architecture, ranks: int):
+        self.settings, self.architecture, self.ranks = settings, architecture, ranks
+        self.options = getattr(settings, self.name)
+        self.micro = micro_batch(self.options.batch, self.options.accumulation, ranks, self.name)
+        self.width = 2 if settings.precision == "bf16" else 4
+        self.frozen, self.trained = (role_network(settings, architecture, trained) for trained in (False, True))
+        # Backward passes gather weights under ZeRO-3 as forward passes do, and so does recomputation.
+        self.gathers = 3 if settings.network.checkpointing else 2
+        self.fixed = {
+            "text encoders": self.width * architecture.text_parameters,
+            "VAE (float32)": 4 * architecture.vae_parameters,
+            "CUDA, NCCL (assumed)": RUNTIME,
+        }
+        self.roles = self._roles()
+
+    @abstractmethod
+    def _roles(self) -> dict[str, PlannedRole]: ...
+
+    @property
+    @abstractmethod
+    def activations(self) -> dict[str, float]:
+        """Bytes by the pass that needs them."""
+
+    @property
+    @abstractmethod
+    def moments(self) -> dict[str, float]:
+        """Bytes in use at each moment of a step that may be the peak."""
+
+    @property
+    @abstractmethod
+    def traffic(self) -> float:
+        """Bytes sent per average step."""
+
+    @property
+    @abstractmethod
+    def checkpoint(self) -> float:
+        """Bytes of a checkpoint on disk."""
+
+    @property
+    def flops(self) -> float:
+        """FLOP executed per average step, recomputation included."""
+        cost, recompute = network_flops(self.settings, self.architecture), self.settings.network.checkpointing
+        return self.micro * self.options.accumulation * self.sample_flops(self.settings, cost, recompute)
+
+    @property
+    def peak(self) -> tuple[str, float]:
+        """The moment with the highest memory use, and its bytes."""
+        return max(self.moments.items(), key=lambda item: item[1])
+
+    @property
+    def host(self) -> float:
+        """Bytes of host memory per rank."""
+        return sum(role.host for role in self.roles.values())
+
+    @property
+    def idle(self) -> float:
+        """Bytes in use while no network computes."""
+        return sum(self.fixed.values()) + sum(role.idle for role in self.roles.values())
+
+    def _role(self, network: NetworkMemory, ds_config: str, trained: bool, averaged: bool = False) -> PlannedRole:
+        precision = self.settings.precision
+        config = deepspeed_config(ds_config, self.micro, self.options.accumulation, 0.0, precision, self.ranks)
+        return PlannedRole(network, Zero.of(config), self.ranks, self.width, trained, averaged)
 
 
-def _fixed(settings: RunSettings, architecture: Architecture) -> dict[str, float]:
-    width = 2 if settings.precision == "bf16" else 4
-    return {
-        "text encoders": width * architecture.text_parameters,
-        "VAE (float32)": 4 * architecture.vae_parameters,
-        "CUDA, NCCL (assumed)": RUNTIME,
-    }
+class RecordPlan(StagePlan):
+    """Stage 1: samples of the frozen generator, and denoising steps of the fake score on them."""
+
+    name = "record"
+    sample_flops = staticmethod(record_flops)
+
+    def _roles(self) -> dict[str, PlannedRole]:
+        return {
+            "generator": self._role(self.frozen, self.options.teacher_ds_config, trained=False),
+            "fake_score": self._role(self.trained, self.options.ds_config, trained=True),
+        }
+
+    @property
+    def activations(self) -> dict[str, float]:
+        return {
+            "sampling, no gradient": self.micro * self.frozen.forward_peak,
+            "fake-score turn": self.micro * self.trained.peak,
+        }
+
+    @property
+    def moments(self) -> dict[str, float]:
+        generator, fake = self.roles["generator"], self.roles["fake_score"]
+        activations = self.activations
+        return {
+            "sampling": self.idle + generator.computing + activations["sampling, no gradient"],
+            "fake-score turn": self.idle + fake.computing + activations["fake-score turn"],
+            "fake-score update": self.idle + fake.updating,
+        }
+
+    @property
+    def traffic(self) -> float:
+        accumulation = self.options.accumulation
+        sampling = accumulation * sampling_passes(self.settings) * self.roles["generator"].forward_traffic
+        return sampling + self.roles["fake_score"].update_traffic(self.gathers, accumulation)
+
+    @property
+    def checkpoint(self) -> float:
+        return self.roles["fake_score"].checkpoint
 
 
-def plan_record(settings: RunSettings, architecture: Architecture, ranks: int) -> StagePlan:
-    """Stage 1: a frozen generator's samples, and denoising steps on them. Raises UserError."""
-    s, world = settings.record, World(0, ranks, 0, torch.device("cpu"))
-    micro = micro_batch(s.batch, s.accumulation, world.size, "record")
-    width = 2 if settings.precision == "bf16" else 4
-    frozen, net = (network_cost(settings, architecture, trained) for trained in (False, True))
-    zeros = {
-        "generator": _zero(s.teacher_ds_config, settings, micro, s.accumulation, world),
-        "fake_score": _zero(s.ds_config, settings, micro, s.accumulation, world),
-    }
-    generator = role_bytes(frozen, zeros["generator"], ranks, width, trained=False)
-    fake = role_bytes(net, zeros["fake_score"], ranks, width, trained=True)
-    fixed = _fixed(settings, architecture)
-    held = sum(fixed.values())
-    acts = {"sampling, no gradient": micro * frozen.forward_peak, "fake-score turn": micro * net.peak}
-    moments = {
-        "sampling": held + generator.busy + fake.idle + acts["sampling, no gradient"],
-        "fake-score turn": held + generator.idle + fake.busy + acts["fake-score turn"],
-        "fake-score update": held + generator.idle + fake.idle + _updating(fake),
-    }
-    passes = 3 if settings.network.checkpointing else 2
-    flops = micro * s.accumulation * (frozen.forward_flops + net.train_flops)
-    traffic = update_traffic(net, zeros["fake_score"], ranks, width, passes, s.accumulation)
-    traffic += s.accumulation * forward_traffic(frozen, zeros["generator"], ranks, width)
-    saved = checkpoint_bytes(net, zeros["fake_score"], width, ema=False)
-    roles = {"generator": generator, "fake_score": fake}
-    stages = {name: zero.stage for name, zero in zeros.items()}
-    return StagePlan("record", micro, roles, stages, acts, fixed, moments, flops, traffic, saved, s.steps)
+class BacktrackPlan(StagePlan):
+    """Stage 2: generator turns (with target and fake score on the sample) and fake-score updates."""
+
+    name = "backtrack"
+    sample_flops = staticmethod(backtrack_flops)
+
+    def _roles(self) -> dict[str, PlannedRole]:
+        s, fake = self.options, self.trained
+        if self.settings.gan.enabled:
+            shape = self.architecture.latent_shape(self.settings.data.resolution)
+            fake = with_head(fake, self.architecture.denoiser, shape)
+        return {
+            "teacher": self._role(self.frozen, s.teacher_ds_config, trained=False),
+            "generator": self._role(self.trained, s.generator_ds_config, trained=True, averaged=True),
+            "fake_score": self._role(fake, s.fake_score_ds_config, trained=True),
+        }
+
+    @property
+    def piece(self) -> int:
+        """Samples of a micro-batch that the generator is trained on at once."""
+        return -(-self.micro // self.options.generator_split)
+
+    @property
+    def activations(self) -> dict[str, float]:
+        s, net, piece = self.options, self.trained, self.piece
+        doubled = s.guidance_batch and s.guidance_scale != 1
+        return {
+            "generator turn, kept": piece * net.saved,
+            "generator turn, backward": piece * net.peak,
+            "teacher's guided pass": (2 if doubled else 1) * piece * self.frozen.forward_peak,
+            "fake-score turn": self.micro * (net.peak + (net.encoder_saved if self.settings.gan.enabled else 0)),
+        }
+
+    @property
+    def moments(self) -> dict[str, float]:
+        teacher, generator, fake = self.roles.values()
+        activations, idle, piece = self.activations, self.idle, self.piece
+        head = piece * self.trained.encoder_saved if self.settings.gan.enabled else 0
+        scores = max(
+            teacher.gathered + activations["teacher's guided pass"],
+            fake.gathered + piece * self.trained.forward_peak + head,
+        )
+        # With accumulation the gradients of one role wait while the other computes.
+        waiting = self.options.accumulation > 1
+        during_generator = idle + (fake.passing_gradients if waiting else 0)
+        during_fake = idle + (generator.passing_gradients if waiting else 0)
+        generator_turn = during_generator + generator.computing
+        return {
+            "generator turn: scores": generator_turn + activations["generator turn, kept"] + scores,
+            "generator turn: backward": generator_turn + activations["generator turn, backward"],
+            "generator update": during_generator + generator.updating,
+            "fake-score turn": during_fake + fake.computing + activations["fake-score turn"],
+            "fake-score update": during_fake + fake.updating,
+            # The averaged weights replace the training weights, of which a copy is kept.
+            "EMA for samples and checkpoints": idle + generator.parameters,
+        }
+
+    @property
+    def traffic(self) -> float:
+        s, sampling = self.options, sampling_passes(self.settings)
+        teacher, generator, fake = self.roles.values()
+        pieces = s.accumulation * s.generator_split
+        target_calls = 1 if s.guidance_batch or s.guidance_scale == 1 else 2
+        scores = target_calls * teacher.forward_traffic + fake.forward_traffic
+        generator_update = generator.update_traffic(self.gathers, pieces)
+        generator_update += pieces * ((sampling - 1) * generator.forward_traffic + scores)
+        fresh_samples = 0 if s.reuse_x0 else (s.fake_updates - 1) * s.accumulation
+        generator_update += fresh_samples * sampling * generator.forward_traffic
+        return fake.update_traffic(self.gathers, s.accumulation) + generator_update / s.fake_updates
+
+    @property
+    def checkpoint(self) -> float:
+        """Also has the averaged weights as a plain network."""
+        engines = self.roles["generator"].checkpoint + self.roles["fake_score"].checkpoint
+        return engines + self.width * self.trained.parameters
 
 
-def plan_backtrack(settings: RunSettings, architecture: Architecture, ranks: int) -> StagePlan:
-    """Stage 2: generator turns (with target and fake score on the sample) and fake-score updates. Raises UserError."""
-    s, gan, world = settings.backtrack, settings.gan, World(0, ranks, 0, torch.device("cpu"))
-    micro = micro_batch(s.batch, s.accumulation, world.size, "backtrack")
-    piece = -(-micro // s.generator_split)
-    width = 2 if settings.precision == "bf16" else 4
-    frozen, net = (network_cost(settings, architecture, trained) for trained in (False, True))
-    judge = with_head(net, architecture, settings.data.resolution) if gan.enabled else net
-    names = {"teacher": s.teacher_ds_config, "generator": s.generator_ds_config, "fake_score": s.fake_score_ds_config}
-    zeros = {role: _zero(name, settings, micro, s.accumulation, world) for role, name in names.items()}
-    teacher = role_bytes(frozen, zeros["teacher"], ranks, width, trained=False)
-    generator = role_bytes(net, zeros["generator"], ranks, width, trained=True, ema=True)
-    fake = role_bytes(judge, zeros["fake_score"], ranks, width, trained=True)
-    fixed = _fixed(settings, architecture)
-    held = sum(fixed.values())
-    guided = 1 if s.guidance_scale == 1 else 2
-    head = piece * net.encoder_saved if gan.enabled else 0
-    acts = {
-        "generator turn, kept": piece * net.saved,
-        "generator turn, backward": piece * net.peak,
-        "teacher's guided pass": (guided if s.guidance_batch else 1) * piece * frozen.forward_peak,
-        "fake-score turn": micro * (net.peak + (net.encoder_saved if gan.enabled else 0)),
-    }
-    scores = max(teacher.gathered + acts["teacher's guided pass"], fake.gathered + piece * net.forward_peak + head)
-    # With accumulation a generator's gradient waits through the fake score's micro-steps, and the other way round.
-    waiting = s.accumulation > 1
-    wait_g = generator.gradients if waiting and not generator.gradients_stay else 0
-    wait_f = fake.gradients if waiting and not fake.gradients_stay else 0
-    g_turn = held + teacher.idle + fake.idle + wait_f + generator.busy
-    moments = {
-        "generator turn: scores": g_turn + acts["generator turn, kept"] + scores,
-        "generator turn: backward": g_turn + acts["generator turn, backward"],
-        "generator update": held + teacher.idle + fake.idle + wait_f + generator.idle + _updating(generator),
-        "fake-score turn": held + teacher.idle + generator.idle + wait_g + fake.busy + acts["fake-score turn"],
-        "fake-score update": held + teacher.idle + generator.idle + wait_g + fake.idle + _updating(fake),
-        # The averaged weights take the place of the training weights, which are kept beside them.
-        "EMA for samples and checkpoints": held + teacher.idle + fake.idle + generator.idle + generator.parameters,
-    }
-    # A generator of n steps makes a sample at a random one of them: (n - 1) / 2 passes without gradient before it.
-    before = (len(s.student_timesteps) - 1) / 2 if s.student_timesteps else 0
-    fresh = 0 if s.reuse_x0 else s.fake_updates - 1
-    forward, share = frozen.forward_flops, 1 / s.fake_updates
-    turn = net.train_flops + guided * forward + net.forward_flops * (1 + before)
-    step = share * (turn + fresh * net.forward_flops * (1 + before)) + net.train_flops
-    if gan.enabled:
-        encoder = net.encoder_flops
-        full = 3 * encoder + (encoder if settings.network.checkpointing else 0)
-        step += full * (1 if gan.shared_pass else 2)  # real latents; without sharing the fake ones once more
-        step += share * encoder * (1 if gan.shared_pass else 2)  # to the sample: a backward, and its own forward
-    passes, acc = 3 if settings.network.checkpointing else 2, s.accumulation
-    sends = update_traffic(judge, zeros["fake_score"], ranks, width, passes, acc)
-    sends += share * update_traffic(net, zeros["generator"], ranks, width, passes, acc * s.generator_split)
-    calls = 1 if s.guidance_batch else guided
-    sends += share * acc * s.generator_split * calls * forward_traffic(frozen, zeros["teacher"], ranks, width)
-    sends += share * acc * s.generator_split * forward_traffic(judge, zeros["fake_score"], ranks, width)
-    sends += share * acc * fresh * forward_traffic(net, zeros["generator"], ranks, width)
-    saved = checkpoint_bytes(net, zeros["generator"], width, ema=True)
-    saved += checkpoint_bytes(judge, zeros["fake_score"], width, ema=False) + width * net.parameters
-    roles = {"teacher": teacher, "generator": generator, "fake_score": fake}
-    stages = {name: zero.stage for name, zero in zeros.items()}
-    flops = micro * acc * step
-    return StagePlan("backtrack", micro, roles, stages, acts, fixed, moments, flops, sends, saved, s.steps)
-
-
-def _updating(role: RoleBytes) -> float:
-    return role.update + (0 if role.gradients_stay else role.gradients)
-
-
-PLANS = {"record": plan_record, "backtrack": plan_backtrack}
+PLANS: dict[str, type[StagePlan]] = {"record": RecordPlan, "backtrack": BacktrackPlan}

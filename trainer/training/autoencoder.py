@@ -8,64 +8,60 @@ from torch import Tensor, nn
 from models.pipeline import load_vae
 from trainer.config.deepspeed import deepspeed_config
 from trainer.distributed.world import barrier
-from trainer.engine.optimizer import learning_rate
 from trainer.engine.role import Role
 from trainer.training.loop import train
-from trainer.training.metrics import Meters
+from trainer.training.preview import grid
 from trainer.training.run import Run
-from trainer.training.stage import TrainStage
+from trainer.training.stage import Stage
 
 
 class Reconstruction(nn.Module):
-    """Encoder, a posterior sample and decoder in one forward pass, as an engine needs it."""
+    """Encoder, posterior sample and decoder in one forward pass, as an engine needs it."""
 
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and posterior noise to reconstructions [B, 3, H, W] and KL divergences [B]."""
+        """Images [B, 3, H, W] and posterior noise to reconstructions [B, 3, H, W] and KL divergences [B]."""
         posterior = self.vae.encode(images).latent_dist
         return self.vae.decode(posterior.mean + posterior.std * eps).sample, posterior.kl()
 
 
-class AutoencoderTraining(TrainStage):
+class AutoencoderTraining(Stage):
+    """Mean squared error of reconstructions plus a small KL term."""
+
     def __init__(self, run: Run, start: Path):
         settings = run.settings.pretrain.autoencoder
-        super().__init__("autoencoder", run, settings, images=True, pipeline=None, where="pretrain.autoencoder")
-        vae = load_vae(start)
+        super().__init__("autoencoder", run, settings, images=True, pipeline=None, section="pretrain.autoencoder")
         self.latent_shape = run.sampler(start).latent_shape
-        # float32 always: it is small, and its errors would be everybody's.
+        # float32 always: it is small, and the teacher would inherit its errors.
         config = deepspeed_config("zero0", self.micro, settings.accumulation, settings.clip, "fp32", run.world.size)
-        self.vae = Role("autoencoder", Reconstruction(vae), config, run.world, settings.optimizer)
-        self.roles = {"autoencoder": self.vae}
+        network = Reconstruction(load_vae(start))
+        self.autoencoder = self.add_role(Role("autoencoder", network, config, run.world, settings.optimizer))
 
-    def update(self, step: int, meters: Meters, until_log: int) -> None:
-        self.rate = learning_rate(self.settings.optimizer, step, self.steps)
-        for batch in self.micro_batches(meters):
+    def update(self, step: int) -> None:
+        rate = self.rates(step)["autoencoder"]
+        for batch in self.micro_batches():
             images = batch.images.to(self.world.device, non_blocking=True)
-            eps = self.noise.normal("posterior", step, batch.index, self.latent_shape)
-            output, kl = self.vae(images, eps)
+            eps = self.noise.at(step, batch.index).normal("posterior", self.latent_shape)
+            output, kl = self.autoencoder(images, eps)
             error = nn.functional.mse_loss(output, images)
-            loss = error + self.settings.kl * kl.mean() / eps[0].numel()
-            meters.add("loss/autoencoder", error)
-            self.vae.step(loss, self.rate)
-
-    def metrics(self) -> dict:
-        return super().metrics() | {"lr/autoencoder": self.rate}
+            self.meters.add("loss/autoencoder", error)
+            self.autoencoder.step(error + self.settings.kl * kl.mean() / eps[0].numel(), rate)
 
     def preview(self) -> Tensor:
         """Real images above their reconstructions."""
         real = torch.stack([self.dataset[i]["image"] for i in range(16)]).to(self.world.device)
         with torch.no_grad():
-            output, _ = self.vae(real, torch.zeros(16, *self.latent_shape, device=self.world.device))
+            output, _ = self.autoencoder(real, torch.zeros(16, *self.latent_shape, device=self.world.device))
         both = torch.cat([real, output.clamp(-1, 1)])
-        return self.grid(((both + 1) * 127.5).round().to(torch.uint8).cpu())
+        return grid(((both + 1) * 127.5).round().to(torch.uint8), self.run.settings.sample.enlarge)
 
-    def finish(self, folder: Path) -> float:
+    def write(self, folder: Path) -> float:
         """Writes the autoencoder with the scaling factor that gives its latents unit variance, as Stable Diffusion's
         has; returns the factor."""
-        vae = self.vae.module.vae
+        vae = self.autoencoder.module.vae
         vae.eval()
         rows = range(min(len(self.dataset), 1024))
         with torch.no_grad():
@@ -83,5 +79,5 @@ def train_autoencoder(run: Run, start: Path) -> tuple[Path, float]:
     folder = run.stage_folder("autoencoder")
     stage = AutoencoderTraining(run, start)
     train(stage, run.settings.pretrain.autoencoder.loop, run.settings.health, folder, run.world)
-    scale = stage.finish(folder / "vae")
+    scale = stage.write(folder / "vae")
     return folder / "vae", scale

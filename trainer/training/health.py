@@ -1,51 +1,63 @@
-"""Early warnings: one line when something starts to go wrong, not one a step, and an end where going on is a waste."""
+"""Early warnings: one line when something starts to go wrong, not one per step, and a stop when training on is a waste."""
 
 from collections import deque
 from collections.abc import Callable
 from statistics import median
 
+from data.sampling_order import BatchSplit
 from trainer.config.schema import HealthSettings
 
 
 class Health:
-    """Watches the metrics lines of a stage. `observe` returns what to say: each message once when its condition has held
-    for `patience` lines, and again only after the condition has been false."""
+    """Watches the metrics lines of a stage. `observe` returns warnings: each one once, when its condition has held for
+    `patience` lines, and again only after the condition has been false. What it compares with is part of the run state,
+    so that a preemption does not reset it."""
 
-    def __init__(self, settings: HealthSettings, skipped: int = 0):
-        """skipped: updates that were left out before, by a run that is resumed."""
-        self.settings = settings
+    def __init__(self, settings: HealthSettings, split: BatchSplit):
+        self.settings, self.split = settings, split
         self.held: dict[str, int] = {}
-        self.skipped_before = skipped
+        self.skipped_before = 0
         self.skipped_in_a_row = 0
         self.first_spread: float | None = None
         self.lowest: tuple[int | None, float] = (None, float("inf"))  # target node, lowest mismatch on it
         self.paces: deque[float] = deque(maxlen=50)
 
+    def state_dict(self) -> dict:
+        own = ("held", "skipped_before", "skipped_in_a_row", "first_spread", "lowest")
+        return {name: getattr(self, name) for name in own} | {"paces": list(self.paces), "split": vars(self.split)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("skipped_before", "skipped_in_a_row", "first_spread"):
+            setattr(self, name, state[name])
+        self.held, self.lowest = dict(state["held"]), tuple(state["lowest"])
+        if state["split"] == vars(self.split):  # other processes have another pace
+            self.paces.extend(state["paces"])
+
     def observe(self, line: dict) -> list[str]:
         """line: a metrics line of a logging interval."""
-        checks = (self._left_out, self._still, self._collapsed, self._diverging, self._slow, self._waiting)
+        checks = (self._skipping, self._still, self._collapsed, self._diverging, self._slow, self._waiting)
         return [text for check in checks if (text := check(line))]
 
     @property
     def hopeless(self) -> bool:
-        """Whether so many updates in a row were left out that the run should end."""
+        """Whether so many updates in a row were skipped that the run should stop."""
         return self.skipped_in_a_row >= self.settings.stop_after
 
     def _once(self, name: str, holds: bool, text: Callable[[], str], patience: int) -> str | None:
         self.held[name] = self.held.get(name, 0) + 1 if holds else 0
         return text() if self.held[name] == patience else None
 
-    def _left_out(self, line: dict) -> str | None:
+    def _skipping(self, line: dict) -> str | None:
         total = line.get("skipped_updates") or 0
         new, self.skipped_before = total - self.skipped_before, total
         self.skipped_in_a_row = self.skipped_in_a_row + new if new > 0 else 0
         losses = [k for k in line if k.startswith("loss/") and line[k] is not None and line[k] != line[k]]
         return self._once(
-            "left out",
+            "skipping",
             new > 0,
             lambda: (
-                f"{new} updates were left out since the last line, since a gradient was not finite"
-                f"{' (' + ', '.join(losses) + ' is NaN)' if losses else ''}: look at the learning rates and the data"
+                f"{new} updates were skipped since the last line because a gradient was not finite"
+                f"{' (' + ', '.join(losses) + ' is NaN)' if losses else ''}: check the learning rates and the data"
             ),
             1,
         )
@@ -60,8 +72,8 @@ class Health:
             "still",
             bool(still),
             lambda: (
-                f"the weights of {' and '.join(still)} did not change at all since the last line: the learning rate is "
-                "too small for the precision, or every update was left out"
+                f"the weights of {' and '.join(still)} have not changed since the last line: the learning rate is "
+                "too small for the precision, or every update was skipped"
             ),
             1,
         )
@@ -76,7 +88,7 @@ class Health:
             spread < self.settings.spread * self.first_spread,
             lambda: (
                 f"the generator's samples differ little from each other (spread {spread:.3g}, at first "
-                f"{self.first_spread:.3g}): it may be collapsing; lower its learning rate or give more fake_updates"
+                f"{self.first_spread:.3g}): it may be collapsing; lower its learning rate or raise fake_updates"
             ),
             self.settings.patience,
         )
@@ -92,7 +104,7 @@ class Health:
             mismatch > self.settings.rising * lowest,
             lambda: (
                 f"the mismatch has risen to {mismatch:.3g} from {lowest:.3g} on this target: the fake score does not keep "
-                "up; give more fake_updates or a lower generator learning rate"
+                "up; raise fake_updates or lower the generator's learning rate"
             ),
             self.settings.patience,
         )
@@ -107,7 +119,7 @@ class Health:
             "slow",
             pace > self.settings.slow * usual,
             lambda: (
-                f"steps take {pace:.2f} s, usually {usual:.2f} s: look for a slow node, a throttled GPU or a busy file system"
+                f"steps take {pace:.2f} s, usually {usual:.2f} s: check for a slow node, a throttled GPU or a busy file system"
             ),
             self.settings.patience,
         )
@@ -119,6 +131,8 @@ class Health:
         return self._once(
             "waiting",
             wait > self.settings.waiting * pace,
-            lambda: f"{100 * wait / pace:.0f}% of a step is waiting for data: raise data.workers or use faster storage",
+            lambda: (
+                f"{100 * wait / pace:.0f}% of each step is spent waiting for data: raise data.workers or use faster storage"
+            ),
             self.settings.patience,
         )

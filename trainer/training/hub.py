@@ -1,4 +1,4 @@
-"""Pipelines by name: a local folder, or a model of the Hugging Face hub in its cache."""
+"""Pipelines by name: a local folder, or a model of the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -11,11 +11,11 @@ from trainer.distributed.world import World, sum_over_ranks
 from trainer.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-FETCHING = "is fetched by another process of its node, which failed: see that one's message"
+FETCHING = "another process of this node failed to fetch it: see its message"
 
 
 def _patterns(variant: str) -> dict[str, list[str]]:
-    """Which files of a repository are needed: configurations, tokenizers, and the safetensors of one variant."""
+    """The files of a repository that are needed: configurations, tokenizers, and the safetensors of one variant."""
     parts = {"vae", "scheduler"} | {f.part for f in FAMILIES.values()}
     parts |= {f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
     if variant:
@@ -41,7 +41,7 @@ def _patterns(variant: str) -> dict[str, list[str]]:
 
 
 def _snapshot(name: str, variant: str, key: str, offline: bool) -> Path:
-    """The cached folder of a hub model, fetched if it may be. Raises UserError."""
+    """The cached folder of a hub model, downloaded unless offline. Raises UserError."""
     repository, _, revision = name.partition("@")
     try:
         return Path(
@@ -49,19 +49,19 @@ def _snapshot(name: str, variant: str, key: str, offline: bool) -> Path:
                 repository, revision=revision or None, local_files_only=offline, **_patterns(variant)
             )
         )
-    except Exception as error:  # the hub's, requests' and the file system's errors alike: it cannot be had
+    except Exception as error:  # the hub's, the network's or the file system's: all mean that the model is not available
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{key}={name}: there is no such folder, and as a model of the hub it is neither cached nor reachable "
-            f"({type(error).__name__}: {reason}); give a pipeline folder, or fetch it once where there is a network"
+            f"{key}={name}: no such folder, and no such hub model in the cache or on the network "
+            f"({type(error).__name__}: {reason}); give a pipeline folder, or download the model once on a machine with network access"
         ) from error
 
 
 def local_pipeline(name: str, variant: str, key: str, world: World) -> Path:
-    """The local folder of what the setting `key` names: that folder, or the snapshot of a hub model.
+    """The local folder of the pipeline that the setting `key` names: that folder, or the snapshot of a hub model.
 
-    On each node one process looks first and fetches what is missing (unless HF_HUB_OFFLINE is set); the others then
-    read its cache. Every rank must call it: if one fails, all raise UserError.
+    One process per node downloads what is missing (unless HF_HUB_OFFLINE is set); the others then read its cache. Every
+    rank must call it: if one fails, all raise UserError.
     """
     problem, folder = None, Path(name)
     remote = not folder.is_dir() and HUB_ID.fullmatch(name) is not None

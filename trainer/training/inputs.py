@@ -1,4 +1,4 @@
-"""Encoded shards in training: whether they fit the run, and what a batch brings along instead of being encoded."""
+"""What a stage reads from its shards: images and captions, or what was encoded ahead of time."""
 
 import hashlib
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.encoded import made_by
+from data.encoded import encoding_of
 from data.loader import Batch
 from data.shard_index import load_index
 from data.shard_patterns import expand
 from models.conditioning import Conditioning
 from models.families import read_json
-from models.offload import park
+from models.offload import offload_to_cpu
 from models.pipeline import text_encoders, weights_hash
 from models.sampler import Sampler
 from trainer.distributed.world import from_main
@@ -33,16 +33,16 @@ def fingerprint(pipeline: Path, part: str, variant: str) -> str:
 
 
 def choose_inputs(run: Run, images: bool, pipeline: Path | None) -> tuple[str, ...]:
-    """What a training stage reads of `data.train`: what its shards hold encoded by this pipeline's parts, and of the rest
-    images (if it needs any) and captions. pipeline: None for a stage that cannot use encoded samples.
+    """What a training stage reads from `data.train`: captions, images if it needs any, and instead of them latents and text
+    states if the shards hold those of this pipeline. pipeline: None for a stage that cannot use encoded samples.
 
-    Raises UserError for a cache that other parts made, or for one that data.cached=require misses; DataError if the
-    first shard cannot be read.
+    Raises UserError for shards that another autoencoder or text encoder encoded, or if data.cached=require finds something
+    missing; DataError if the first shard cannot be read.
     """
     data, plain = run.settings.data, ("image", "caption") if images else ("caption",)
     if data.cached == "off" or pipeline is None:
         return plain
-    record = made_by(load_index(expand(data.train, "data.train")[0]))
+    record = encoding_of(load_index(expand(data.train, "data.train")[0]))
     if record is None:
         if data.cached == "require":
             raise UserError(
@@ -71,12 +71,12 @@ def choose_inputs(run: Run, images: bool, pipeline: Path | None) -> tuple[str, .
     return "caption", *("latents",) * images, *("text",) * bool(record["text"])
 
 
-def rest(sampler: Sampler, inputs: tuple[str, ...]) -> None:
-    """Parks what the training steps do not use on the host: previews fetch it from there."""
+def offload_unused(sampler: Sampler, inputs: tuple[str, ...]) -> None:
+    """Moves what the training steps do not use to the CPU; previews fetch it from there."""
     if "image" not in inputs:
-        park([sampler.vae])
+        offload_to_cpu([sampler.vae])
     if "text" in inputs:
-        park(sampler.text.encoders)
+        offload_to_cpu(sampler.text.encoders)
 
 
 def batch_latents(batch: Batch, sampler: Sampler, eps: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def batch_latents(batch: Batch, sampler: Sampler, eps: Tensor) -> Tensor:
     its images' (on eps's device)."""
     if "latent_mean" in batch.cached:
         mean, std = (batch.cached[f"latent_{name}"].to(eps, non_blocking=True) for name in ("mean", "std"))
-        return sampler.drawn(mean, std, eps)
+        return sampler.draw_latents(mean, std, eps)
     return sampler.encode(batch.images.to(eps.device, non_blocking=True), eps)
 
 

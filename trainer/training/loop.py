@@ -1,155 +1,146 @@
-"""The one training loop: pretraining, recording and backtracking run through `train`."""
+"""The one training loop. Pretraining, recording and backtracking all run through `train`."""
 
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from torch import Tensor
-
-from data.sampling_order import Split
 from trainer.checkpoint.checkpoint import Checkpoints
 from trainer.config.schema import HealthSettings, LoopSettings
 from trainer.distributed.logs import log
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.world import World
-from trainer.engine.role import Role, skipped_updates
 from trainer.errors import Stopped, UserError
 from trainer.training.health import Health
-from trainer.training.metrics import Meters, Telemetry
+from trainer.training.metrics import MetricsWriter
+from trainer.training.progress import Progress
+from trainer.training.stage import Stage
 
 
-class Stage(Protocol):
-    """What a stage adds to the loop."""
-
-    name: str
-    steps: int
-    batch: int  # samples a step, over all ranks
-    flops: float  # counted FLOP a step and rank; 0 if unknown
-    roles: dict[str, Role]
-    identity: dict  # what a resumed run must have in common with the saved one
-    split: Split  # how a step's batch is cut into ranks and micro-steps; a resumed run may cut it otherwise
-    needs: Sequence[str]  # files outside of a checkpoint, written so far, that going back to this step needs
-
-    def begin(self, step: int) -> None:
-        """Opens the data at a step; called once, after a resume."""
-
-    def update(self, step: int, meters: Meters, until_log: int) -> dict | None:
-        """One training step; until_log: steps from this one to the next that is logged, 0 for one that is (norms are
-        read then, which waits for the device). Returns values that must be written now (a target switch), or None."""
-
-    def metrics(self) -> dict:
-        """Values of the current step for the metrics line (learning rates, target node, skipped samples)."""
-
-    def preview(self) -> Tensor | None:
-        """A uint8 grid [3, H, W] of samples. Every rank calls it."""
-
-    def weights_writer(self) -> Callable[[Path], None] | None:
-        """Writes the weights that an evaluation reads as a weights folder. Every rank calls it."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-    def regroup(self, states: list[dict], saved: Split) -> dict:
-        """The state to load on this rank, from those of all ranks of a run that was cut otherwise. The engines are
-        loaded already."""
-
-    def saved(self, needed: set[str]) -> None:
-        """Called when a checkpoint is safe on disk. needed: the `needs` of all that are kept (rank 0)."""
-
-    def close(self) -> None: ...
-
-
-def train(stage: Stage, settings: LoopSettings, health_settings: HealthSettings, folder: Path, world: World) -> float:
+def train(stage: Stage, settings: LoopSettings, health: HealthSettings, folder: Path, world: World) -> float:
     """Runs a stage to its end, from its last checkpoint if there is one; returns the seconds of training so far.
 
-    Raises Stopped after saving if a signal asked for it, UserError if no update can be made any more.
+    Raises Stopped after saving if a signal asked for it, UserError if updates no longer succeed.
     """
-    checkpoints = Checkpoints(folder, world, stage.roles, stage.identity, stage.split, settings)
-    first, seconds, meters = 0, 0.0, Meters()
-    if resumed := checkpoints.load(stage.regroup):
-        first, state = resumed
-        stage.load_state_dict(state["stage"])
-        meters.load_state_dict(state["meters"])
-        seconds = state["seconds"]
-    telemetry = Telemetry(folder, world, stage.name, stage.steps, first, settings.tensorboard)
-    if first < stage.steps:
-        stage.begin(first)
-        if first == 0 and settings.sample_every:
-            _preview(stage, telemetry, 0)
-    health = Health(health_settings, skipped_updates(stage.roles))
-    mark, marked = time.monotonic(), first
-
-    saving = None  # seconds of the saves since the last line
-
-    def save(step: int) -> Path:
-        nonlocal saving
-        began = time.monotonic()
-        state = {"stage": stage.state_dict(), "meters": meters.state_dict(), "seconds": seconds}
-        path = checkpoints.save(step, state, stage.weights_writer(), stage.needs)
-        stage.saved(checkpoints.shelf.needed() if world.main else set())
-        saving = (saving or 0.0) + time.monotonic() - began
-        return path
-
+    loop = Loop(stage, settings, health, folder, world)
     try:
-        with StopRequest(world) as stop:
-            for step in range(first + 1, stage.steps + 1):
+        loop.run()
+        loop.progress.end("finished")
+    except Stopped as stop:
+        loop.progress.end("stopped", str(stop))
+        raise
+    except Exception as error:
+        loop.progress.end("failed", str(error))
+        raise
+    finally:
+        loop.close()
+    return loop.clock.seconds
+
+
+class Stopwatch:
+    """Seconds of training over all resumptions, without saving."""
+
+    def __init__(self, step: int, seconds: float):
+        self.step, self.seconds = step, seconds
+        self._mark = time.monotonic()
+
+    def lap(self, step: int) -> float | None:
+        """Seconds per step since the last lap; None if there was no step."""
+        if step == self.step:
+            return None
+        spent, steps = time.monotonic() - self._mark, step - self.step
+        self.seconds += spent
+        self.restart(step)
+        return spent / steps
+
+    def restart(self, step: int) -> None:
+        """Forgets the time since the last lap."""
+        self._mark, self.step = time.monotonic(), step
+
+
+class Loop:
+    """Steps, metrics lines, previews, checkpoints and stopping, for whatever stage. Resumes when it is made."""
+
+    def __init__(self, stage: Stage, settings: LoopSettings, health: HealthSettings, folder: Path, world: World):
+        self.stage, self.settings, self.world = stage, settings, world
+        self.checkpoints = Checkpoints(folder, world, stage.roles, stage.identity, stage.split, settings)
+        self.health = Health(health, stage.split)
+        self.first, seconds = 0, 0.0
+        if resumed := self.checkpoints.load(stage.regroup):
+            self.first, state = resumed
+            stage.load_state_dict(state["stage"])
+            self.health.load_state_dict(state["health"])
+            seconds = state["seconds"]
+        self.clock = Stopwatch(self.first, seconds)
+        self.saving: float | None = None  # seconds of the saves since the last metrics line
+        self.metrics = MetricsWriter(folder, world, stage.name, stage.steps, self.first, settings.tensorboard)
+        resumed_at = self.first if resumed else None
+        self.progress = Progress(folder, stage.name, stage.steps, settings.log_every, world.main, resumed_at)
+
+    def run(self) -> None:
+        stage, settings = self.stage, self.settings
+        if self.first < stage.steps:
+            stage.begin(self.first)
+            if self.first == 0 and settings.sample_every:
+                self.preview(0)
+        self.clock.restart(self.first)
+        with StopRequest(self.world) as stop:
+            for step in range(self.first + 1, stage.steps + 1):
                 last = step == stage.steps
-                until_log = min(-step % settings.log_every, stage.steps - step)
-                logging = until_log == 0
-                switch = stage.update(step - 1, meters, until_log)
-                if logging:
-                    values = meters.read(world)  # waits for the device: the timing below is of finished work
-                    spent, mark = time.monotonic() - mark, time.monotonic()
-                    seconds += spent
-                    pace, marked = spent / (step - marked), step
-                    line = _speed(stage, step, seconds, pace) | values | stage.metrics() | {"save_seconds": saving}
-                    saving = None
-                    telemetry.line(step, line)
-                    _look_after(health, line, stage, step, checkpoints)
-                elif switch:
-                    telemetry.line(step, {"images_seen": step * stage.batch, "time": seconds} | switch)
+                steps_to_line = min(-step % settings.log_every, stage.steps - step)
+                stage.keep_norms(steps_to_line)
+                stage.update(step - 1)
+                if steps_to_line == 0:
+                    self.log_line(step)
+                elif stage.announces(step - 1):
+                    self.metrics.line(step, self.position(step) | stage.line(step - 1))
                 if settings.sample_every and (last or step % settings.sample_every == 0):
-                    _preview(stage, telemetry, step)
+                    self.preview(step)
                 stopping = stop.agreed() and not last
                 if last or stopping or step % settings.save_every == 0:
-                    seconds += time.monotonic() - mark if step != marked else 0.0
-                    path = save(step)
-                    mark, marked = time.monotonic(), step
+                    path = self.save(step)
                 if stopping:
-                    log.info(f"{stage.name}: stopped by a signal; saved {path}; run the same command again to go on")
+                    log.info(f"{stage.name}: stopped by a signal; saved {path}; run the same command again to resume")
                     raise Stopped(f"{stage.name} stopped at step {step} of {stage.steps}; saved {path}")
-    finally:
-        stage.close()
-        telemetry.close()
-    return seconds
 
+    def log_line(self, step: int) -> None:
+        """A complete metrics line: the one place where the loop waits for the device. Then the health checks."""
+        stage = self.stage
+        means = stage.meters.read(self.world)
+        pace = self.clock.lap(step)  # of finished work, since the means are read
+        line = self.position(step) | stage.line(step - 1) | stage.measured() | means | {"save_seconds": self.saving}
+        line |= {"step_seconds": pace, "images_per_second": stage.batch / pace}
+        line["tflops_per_gpu"] = stage.flops / pace / 1e12 if stage.flops else None
+        self.saving = None
+        self.metrics.line(step, line)
+        self.progress.line(step, line)
+        for warning in self.health.observe(line):
+            log.warning(f"{stage.name}, step {step}: {warning}")
+            self.progress.warn(f"step {step}: {warning}")
+        if self.health.hopeless:
+            raise UserError(
+                f"{stage.name} stopped at step {step}: the gradients of {self.health.skipped_in_a_row} updates in a row were "
+                f"not finite; the last checkpoint is {self.checkpoints.latest() or 'none'}. Lower the learning rates, clip "
+                "harder or check the data, then run the same command again"
+            )
 
-def _look_after(health: Health, line: dict, stage: Stage, step: int, checkpoints: Checkpoints) -> None:
-    """Says what looks wrong; ends a run that only leaves updates out (every rank finds the same)."""
-    for warning in health.observe(line):
-        log.warning(f"{stage.name}, step {step}: {warning}")
-    if health.hopeless:
-        good = checkpoints.latest()
-        raise UserError(
-            f"{stage.name} stopped at step {step}: {health.skipped_in_a_row} updates in a row had a gradient that was not "
-            f"finite; the last checkpoint is {good or 'none'}. Lower the learning rates, clip harder or look at the data, "
-            "then run the same command again"
-        )
+    def position(self, step: int) -> dict:
+        return {"images_seen": step * self.stage.batch, "time": self.clock.seconds}
 
+    def preview(self, step: int) -> None:
+        grid = self.stage.preview()
+        if grid is not None:
+            self.metrics.image(step, grid)
 
-def _speed(stage: Stage, step: int, seconds: float, pace: float) -> dict:
-    return {
-        "images_seen": step * stage.batch,
-        "time": seconds,
-        "step_seconds": pace,
-        "images_per_second": stage.batch / pace,
-        "tflops_per_gpu": stage.flops / pace / 1e12 if stage.flops else None,
-    }
+    def save(self, step: int) -> Path:
+        self.clock.lap(step)
+        began, stage = time.monotonic(), self.stage
+        state = {"stage": stage.state_dict(), "health": self.health.state_dict(), "seconds": self.clock.seconds}
+        path = self.checkpoints.save(step, state, stage.snapshot, stage.needs)
+        stage.after_save(self.checkpoints.needed())
+        self.progress.saved(step)
+        self.saving = (self.saving or 0.0) + time.monotonic() - began
+        self.clock.restart(step)
+        return path
 
-
-def _preview(stage: Stage, telemetry: Telemetry, step: int) -> None:
-    grid = stage.preview()
-    if grid is not None:
-        telemetry.image(step, grid)
+    def close(self) -> None:
+        self.stage.close()
+        self.metrics.close()

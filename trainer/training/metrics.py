@@ -1,4 +1,4 @@
-"""What users watch: one JSON line a logging interval, TensorBoard, a progress line with the time left, log.txt."""
+"""What users watch: one JSON line per logging interval, TensorBoard, and a progress line with the time left."""
 
 import json
 import os
@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.sampling_order import BatchSplit
+from trainer.checkpoint.directory import step_name
 from trainer.distributed.logs import duration, log
 from trainer.distributed.world import World, mean_over_ranks
+from trainer.planner.flops import PEAK_TFLOPS
 
 KEYS = (
     "step images_seen time step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu save_seconds "
@@ -18,12 +21,10 @@ KEYS = (
     "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch sample_spread "
     "skipped_samples skipped_updates"
 ).split()
-# Dense bf16 peaks from the makers' data sheets, TFLOP/s; a device that is not listed has no MFU.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A40": 149.7, "V100": 125.0}
 
 
 class Meters:
-    """Sums of named scalars on the device; they are read, and the device waited for, at a logging interval only."""
+    """Sums of named scalars on the device. They are read, which waits for the device, at logging intervals only."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
@@ -35,8 +36,8 @@ class Meters:
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self, world: World) -> dict[str, float]:
-        """Means over the interval and over ranks, and a fresh start. Every rank must call it at the same step, having
-        added the same names."""
+        """Means over the interval and over ranks; the sums start again from zero. Every rank must call it at the same
+        step, having added the same names."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -46,6 +47,15 @@ class Meters:
         self.counts.clear()
         return dict(zip(names, values, strict=True))
 
+    @staticmethod
+    def regrouped(states: list[dict], saved: BatchSplit, split: BatchSplit) -> dict:
+        """The state that gives every rank the mean over the ranks that saved `states`. With another accumulation a
+        micro-step counts in proportion, so that the interval's mean stays one over steps."""
+        scale = split.accumulation / saved.accumulation
+        counts = states[0]["counts"]
+        sums = {name: sum(float(s["sums"][name]) for s in states) / len(states) * scale for name in counts}
+        return {"sums": sums, "counts": {name: count * scale for name, count in counts.items()}}
+
     def state_dict(self) -> dict:
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
@@ -54,22 +64,22 @@ class Meters:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory: of the device on a GPU, of this process on a CPU."""
+    """Peak memory of the device on a GPU, of this process on a CPU; in units of 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def peak_tflops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, if it is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
 
 
-class Telemetry:
-    """Writes a stage's metrics. Only rank 0 writes; every rank may call.
+class MetricsWriter:
+    """Writes a stage's metrics.jsonl, TensorBoard files and sample grids. Every rank may call it; only rank 0 writes.
 
-    On resume, lines behind the step that is resumed from are cut off: the file is then what an uninterrupted run
-    would have written.
+    On a resume, lines after the resumed step are cut off: the file becomes what an uninterrupted run would have written.
     """
 
     def __init__(self, folder: Path, world: World, name: str, steps: int, first: int, tensorboard: bool):
@@ -94,7 +104,7 @@ class Telemetry:
             self.board = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
 
     def line(self, step: int, values: dict[str, float | int | None]) -> None:
-        """One line at a step (counted from 1). Keys that are not given are null."""
+        """One line at a step (counted from 1). Missing keys are null."""
         if not self.world.main:
             return
         speed = values.get("tflops_per_gpu")
@@ -126,7 +136,7 @@ class Telemetry:
             return
         from torchvision.io import write_png
 
-        file = self.folder / "samples" / f"step-{step:08d}.png"
+        file = self.folder / "samples" / f"{step_name(step)}.png"
         file.parent.mkdir(exist_ok=True)
         write_png(grid, str(file))
         if self.board:

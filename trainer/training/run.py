@@ -1,4 +1,4 @@
-"""One run: its settings, its folder, its processes; what every verb is given."""
+"""One run, as every verb gets it: its settings, its folder, its processes."""
 
 import platform
 import subprocess
@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from data.reader import ShardDataset
+from data.shard_dataset import ShardDataset
 from data.shard_patterns import expand
 from models.families import family_of
 from models.noise import SampleNoise
 from models.sampler import Sampler
 from models.validate import check_fit, check_pipeline
 from trainer import VERSION
+from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.config.schema import RunSettings
 from trainer.distributed.logs import start_log
 from trainer.distributed.world import World, barrier
@@ -40,14 +41,14 @@ class Run:
 
     @cached_property
     def pipeline_folder(self) -> Path:
-        """The teacher's pipeline: a folder, fetched from the hub if `pipeline` names a model there, and checked against
-        the settings. Every rank must ask for it first at the same time. Raises UserError and ModelError."""
+        """The teacher's pipeline folder, fetched from the hub if `pipeline` names a model there, and checked against the
+        settings. The first access is collective: every rank must make it. Raises UserError and ModelError."""
         name = self.settings.pipeline
         folder = self.fetched(name, "pipeline") if name else self.folder / "pipeline"
         return self.checked(folder, self.settings.student_timesteps)
 
     def require_pipeline(self) -> None:
-        """For the start of a verb: fetches and checks the teacher's pipeline before anything is made of it."""
+        """Fetches and checks the teacher's pipeline: for the start of a verb, before anything is written."""
         _ = self.pipeline_folder
 
     @property
@@ -61,7 +62,7 @@ class Run:
         return Path(self.settings.generator_start) if self.settings.generator_start else self.teacher_folder
 
     def checked(self, folder: Path, timesteps: tuple[int, ...] = ()) -> Path:
-        """The pipeline folder, if it is whole and fits the settings and a student's timesteps. Raises ModelError."""
+        """The pipeline folder, if it is complete and fits the settings and the generator's timesteps. Raises ModelError."""
         s = self.settings
         check_fit(check_pipeline(folder, s.variant), s.data.resolution, timesteps, s.variant)
         return folder
@@ -75,7 +76,7 @@ class Run:
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
 
     def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset:
-        """The samples of `data.train` or `data.heldout`; want: of "image", "caption", "meta". Raises DataError."""
+        """The samples of `data.train` or `data.heldout`. want: what to read of them, see ShardDataset. Raises DataError."""
         data = self.settings.data
         paths = expand(getattr(data, split), f"data.{split}")
         return ShardDataset(paths, data.resolution, want, self.settings.seed, data.image_keys, data.caption_key)
@@ -86,13 +87,13 @@ class Run:
         return Sampler.load(pipeline, s.data.resolution, *where, s.variant, s.timestep_shift)
 
     def stage_folder(self, stage: str, training: bool = True) -> Path:
-        """The stage's folder, made and checked to be writable; if the stage trains, the run's resolved configuration is
-        written beside it. Messages go to its log.txt from here on.
+        """The stage's folder, created if need be; from here on messages also go to its log.txt. If the stage trains, the
+        run's resolved configuration is written too.
 
-        Raises UserError if it cannot be written, or for --fresh on a folder with a checkpoint.
+        Raises UserError if the folder cannot be written, or with --fresh if it has a checkpoint.
         """
         folder = self.folder / stage
-        if self.fresh and (folder / "LATEST").exists():
+        if self.fresh and CheckpointDirectory(folder).latest():
             raise UserError(f"--fresh: {folder} has a checkpoint: name another run folder (run=...) or remove this one")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class Run:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, "+" if it has changes; None outside of one."""
+    """The git commit of the running source tree, with "+" if it has changes; None outside of a git checkout."""
     here = Path(__file__).resolve().parent
     try:
         call = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]

@@ -1,10 +1,9 @@
-"""Where a teacher comes from: what is refused before a weight is read, variants of weight files, and the hub's cache."""
+"""Teacher pipelines: what is refused before any weight is read, and variants of weight files."""
 
 import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import support
 import torch
@@ -12,16 +11,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from models.errors import ModelError
-from models.generator_pipeline import write_student_pipeline
+from models.generator_pipeline import write_generator_pipeline
 from models.miniature import build_miniature
 from models.pipeline import load_network, load_text, weight_files, weights_hash
 from models.settings import MiniatureSettings
 from models.validate import check_fit, check_pipeline
 from trainer.backtrack import backtrack
 from trainer.distributed.world import World
-from trainer.errors import UserError
 from trainer.record import record
-from trainer.training.hub import local_pipeline
 from trainer.training.run import Run
 
 CPU = torch.device("cpu")
@@ -50,15 +47,15 @@ def edited(source: Path, folder: Path, file: str, **values: object) -> Path:
 @pytest.mark.parametrize(
     ("kind", "file", "values", "words"),
     [
-        ("sd15", "model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline is not a pipeline .* use one of"),
+        ("sd15", "model_index.json", {"_class_name": "FluxPipeline"}, "unsupported pipeline FluxPipeline: use one of"),
         (
             "sd15",
             "scheduler/scheduler_config.json",
             {"prediction_type": "velocity"},
-            "prediction_type 'velocity' is not",
+            "unknown prediction_type 'velocity'",
         ),
         ("sd3", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
-        ("sd15", "unet/config.json", {"in_channels": 9}, "takes 9 and gives 4 channels.*no inpainting"),
+        ("sd15", "unet/config.json", {"in_channels": 9}, "9 input and 4 output channels.*no inpainting"),
         (
             "sd15",
             "unet/config.json",
@@ -100,9 +97,9 @@ def test_settings_that_do_not_fit(whole):
         ("sd15", 9, (399,), "data.resolution=9 is not a multiple of 2 .* use 8"),
         ("sd3", 10, (1000,), "data.resolution=10 is not a multiple of 4"),
         ("sd3", 12, (1000,), "at most 8 pixels"),
-        ("sd15", 8, (1000,), "timesteps up to 999"),
+        ("sd15", 8, (1000,), "end at 999: set a smaller one"),
         ("sd3", 8, (399,), "set conditioning_timestep=1000"),
-        ("sd15", 8, (1000, 500), r"student_timesteps=\[1000, 500\]: .*timesteps up to 999"),
+        ("sd15", 8, (1000, 500), r"student_timesteps=\[1000, 500\]: .*end at 999"),
         ("sd3", 8, (1000, 500), r"student_timesteps=\[1000, 500\]: .* is a flow.*student_timesteps=\[\]"),
     ):
         with pytest.raises(ModelError, match=words):
@@ -146,7 +143,7 @@ def test_variants(whole, tmp_path, shard):
     half.save_pretrained(tmp_path / "p", variant="fp16", max_shard_size=shard)
     folder, unet = tmp_path / "p", tmp_path / "p" / "unet"
     assert (len(weight_files(unet, "fp16")) > 1) == (shard == "200KB")
-    with pytest.raises(ModelError, match="no diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ModelError, match="has neither diffusion_pytorch_model.safetensors"):
         weight_files(unet)
     check_fit(check_pipeline(folder, "fp16"), 8, (399,), "fp16")
     assert all(".fp16" in f.name for f in weight_files(unet, "fp16"))
@@ -156,7 +153,7 @@ def test_variants(whole, tmp_path, shard):
     digest = weights_hash(unet, "fp16")
     text = load_text(folder, torch.float32, CPU, "fp16").text_encoder.state_dict()
     assert all(torch.equal(v, half.text_encoder.state_dict()[k].float()) for k, v in text.items())
-    write_student_pipeline(folder, whole["sd15"] / "unet", (399,), tmp_path / "out", {}, "fp16")
+    write_generator_pipeline(folder, whole["sd15"] / "unet", (399,), tmp_path / "out", {}, "fp16")
     assert not list((tmp_path / "out").rglob("*fp16*"))
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert all(torch.equal(v, half.vae.state_dict()[k].float()) for k, v in pipe.vae.float().state_dict().items())
@@ -166,77 +163,3 @@ def test_variants(whole, tmp_path, shard):
     assert weights_hash(unet, "fp16") == digest != weights_hash(unet) == weights_hash(whole["sd15"] / "unet")
     with pytest.raises(ModelError, match=r"variant=bf16: .*no diffusion_pytorch_model.bf16.safetensors"):
         check_fit(folder, 8, (399,), "bf16")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path) -> Path:
-    """An offline hub with an empty cache."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def cache(hub: Path, repository: str, pipeline: Path, commit: str = "a" * 40) -> Path:
-    """Puts a pipeline into the cache, as a download leaves it there."""
-    root = hub / f"models--{repository.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(commit)
-    return Path(shutil.copytree(pipeline, root / "snapshots" / commit))
-
-
-def test_hub_models_from_the_cache(shards, whole, hub):
-    world = World(0, 1, 0, CPU)
-    snapshot = cache(hub, "someone/tiny-sd", whole["sd15"])
-    for rank in (0, 1):  # the one that may fetch, and one that may not
-        for name in ("someone/tiny-sd", "someone/tiny-sd@" + "a" * 40):
-            assert local_pipeline(name, "", "pipeline", World(rank, 1, rank, CPU)) == snapshot
-    assert local_pipeline(str(whole["sd15"]), "", "pipeline", world) == whole["sd15"]
-    run = Run(support.tiny(shards, "hub", "pipeline=someone/tiny-sd"), world)
-    assert run.teacher_folder == run.start_folder == snapshot / "unet"
-    assert run.settings.pipeline == "someone/tiny-sd"  # what the run's configuration keeps
-
-
-def test_neither_folder_nor_cached(shards, hub):
-    with pytest.raises(
-        UserError, match="pipeline=someone/absent: there is no such folder.*neither cached nor reachable"
-    ):
-        _ = Run(support.tiny(shards, "hub", "pipeline=someone/absent"), World(0, 1, 0, CPU)).pipeline_folder
-    with pytest.raises(ModelError, match="a/b/c: model_index.json is missing"):
-        _ = Run(support.tiny(shards, "hub", "pipeline=a/b/c"), World(0, 1, 0, CPU)).pipeline_folder
-    done = support.verb(
-        "record", "--config", str(support.TINY), "run=x", "pipeline=someone/absent", cwd=shards, HF_HUB_OFFLINE="1"
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "neither cached nor reachable" in done.stderr
-
-
-def test_only_what_is_needed_is_fetched():
-    """The patterns against file lists of the published repositories."""
-    from huggingface_hub.utils import filter_repo_objects
-
-    from trainer.training.hub import _patterns
-
-    published = """.gitattributes model_index.json sd_xl_base_1.0.safetensors README.md unet/model.onnx unet/config.json
-        scheduler/scheduler_config.json tokenizer/merges.txt tokenizer/vocab.json tokenizer/tokenizer_config.json
-        tokenizer/special_tokens_map.json tokenizer_3/spiece.model tokenizer_3/tokenizer.json vae/config.json
-        unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors
-        unet/diffusion_pytorch_model.non_ema.safetensors unet/diffusion_pytorch_model.bin vae_1_0/config.json
-        vae/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.fp16.safetensors
-        text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model.safetensors.index.json
-        text_encoder_3/model.fp16-00001-of-00002.safetensors text_encoder_3/model.safetensors.index.fp16.json
-        safety_checker/model.safetensors text_encoder/model.safetensors text_encoder/config.json""".split()
-    plain = set(filter_repo_objects(published, **_patterns("")))
-    half = set(filter_repo_objects(published, **_patterns("fp16")))
-    weights = {name for name in plain if "safetensors" in name}
-    assert weights == {
-        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors", "text_encoder_3/model-00001-of-00002.safetensors",
-        "text_encoder_3/model.safetensors.index.json",
-    }  # fmt: skip
-    assert {name for name in half if name.endswith(".safetensors")} == {
-        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
-        "text_encoder_3/model.fp16-00001-of-00002.safetensors",
-    }  # fmt: skip
-    assert "text_encoder_3/model.safetensors.index.fp16.json" in half
-    for chosen in (plain, half):
-        assert {n for n in published if n.startswith(("tokenizer", "scheduler", "model_index"))} <= chosen
-        assert not {n for n in chosen if n.startswith(("vae_1_0", "safety", "sd_xl", "unet/model.onnx"))}

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.reader import ShardDataset
+from data.shard_dataset import ShardDataset
 from data.shard_index import load_index
 
 
 def position_of(dataset, row):
-    return next(p for p in range(len(dataset)) if dataset.order.sample(p) == row)
+    return next(p for p in range(len(dataset)) if dataset.order.row(p) == row)
 
 
 def test_an_epoch_is_every_sample_once(shards):
@@ -41,7 +41,7 @@ def test_missing_members_are_left_out_and_counted(shards):
 
 def test_captions_alone_read_no_image(shards, monkeypatch):
     tars = shards(10)
-    images = {int(o) for o in load_index(tars[0]).member(["png"])[0]}
+    images = {int(o) for o in load_index(tars[0]).locate(["png"])[0]}
     offsets = []
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda f, n, o: offsets.append(o) or real(f, n, o))
@@ -70,7 +70,7 @@ def test_a_broken_sample_is_replaced_by_the_next(shards, damage, reason):
 
 def test_replacement_wraps_within_the_epoch(shards):
     tars = shards(24)
-    last = ShardDataset(tars, 8, seed=2).order.sample(47)  # the last of epoch 1
+    last = ShardDataset(tars, 8, seed=2).order.row(47)  # the last of epoch 1
     dataset = ShardDataset(shards(24, change={last: {"png": b"broken"}}), 8, seed=2)
     assert dataset[47]["key"] == dataset[24]["key"]
 
@@ -94,7 +94,7 @@ def test_a_shard_that_shrinks_or_goes_is_named(shards):
 
 
 def test_few_files_stay_open(shards, monkeypatch):
-    monkeypatch.setattr("data.reader.OPEN_FILES", 2)
+    monkeypatch.setattr("data.shard_dataset.OPEN_FILES", 2)
     before = len(os.listdir("/proc/self/fd"))
     dataset = ShardDataset(shards(24, per_shard=2), 8)
     captions = {dataset[p]["caption"] for p in range(24)}

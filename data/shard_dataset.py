@@ -1,0 +1,176 @@
+"""Random access to the samples of shards, by position in the endless sequence of shuffled epochs."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from data.encoded import EXTENSION, RECORD_KEY, TENSORS, check_same_encoding, encoding_of, unpack_tensors
+from data.errors import DataError
+from data.images import decode, resize_and_crop
+from data.sampling_order import SampleOrder
+from data.settings import DataSettings
+from data.shard_index import load_index, usable_rows
+
+GIVE_UP = 100  # consecutive unusable samples: then the data set is broken, not a sample
+OPEN_FILES = 128  # shards open at a time per process; the usual limit on open files is 1024
+DEFAULTS = DataSettings()
+
+
+class SampleError(Exception):
+    """An unusable sample; the message is the reason under which it is counted."""
+
+
+class ShardDataset(Dataset):
+    """A dataset indexed by global position, not by row: dataset[p] is number p % len of epoch p // len, for any p >= 0.
+
+    Samples that lack a requested caption or image are excluded from the start (`rejected`, by reason). A sample that
+    turns out to be broken is replaced by the next one of its epoch, the same one on every rank and in every run.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        resolution: int,
+        want: Collection[str] = ("image", "caption", "meta"),
+        seed: int = 0,
+        image_keys: list[str] = DEFAULTS.image_keys,
+        caption_key: str = DEFAULTS.caption_key,
+    ):
+        """want: what to read: "image", "caption", "meta" and, from encoded samples, "latents" and "text". Raises
+        DataError if a shard cannot be read, has no usable sample, or is encoded differently from the others, and
+        ValueError for an unknown `want`."""
+        known = ("image", "caption", "meta", *TENSORS)
+        if unknown := set(want) - set(known):
+            raise ValueError(f"unknown want {sorted(unknown)}: use {', '.join(known)}")
+        self.paths, self.resolution, self.want = [Path(p) for p in paths], resolution, frozenset(want)
+        reads = self.want - TENSORS.keys() | (set() if TENSORS.keys().isdisjoint(want) else {"tensors", "meta"})
+        extensions = {"caption": [caption_key], "image": image_keys, "tensors": [EXTENSION], "meta": ["json"]}
+        required = {what: extensions[what] for what in extensions if what in reads and what != "meta"}
+        self.rejected: Counter[str] = Counter()
+        columns: dict[str, list[np.ndarray]] = {what: [] for what in reads}
+        self._keys: list[np.ndarray] = []  # one array per shard: one for all would be as wide as the longest key
+        first, self.encoding = None, None  # the first shard's index, and how all shards are encoded, if they are
+        for path in self.paths:
+            index = load_index(path)
+            if first is None:
+                first, self.encoding = index, encoding_of(index)
+            check_same_encoding(first, self.encoding, index)
+            rows, rejects = usable_rows(index, required)
+            self.rejected += rejects
+            self._keys.append(index.keys[rows])
+            for what, column in columns.items():
+                column.append(np.stack(index.locate(extensions[what]), axis=1)[rows])
+        if not self._keys:
+            raise DataError("no shards to read: set data.train, or build shards with `disback shards`")
+        self._places = {what: np.concatenate(column) for what, column in columns.items()}  # offset, size: int64 [N, 2]
+        self._first = np.cumsum([0] + [len(keys) for keys in self._keys])  # first row of each shard
+        self.order = SampleOrder(int(self._first[-1]), seed)
+        self._files: dict[int, int] = {}
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        """Number of usable samples: the length of an epoch. Positions may exceed it."""
+        return int(self._first[-1])
+
+    def locate(self, row: int) -> tuple[Path, str]:
+        """The shard and the key of a row."""
+        shard = int(np.searchsorted(self._first, row, side="right")) - 1
+        return self.paths[shard], self._keys[shard][row - self._first[shard]].decode("utf-8", "replace")
+
+    def _open(self, shard: int) -> int:
+        if self._process != os.getpid():  # in a loader process: only the parent closes the parent's files
+            self._files, self._process = {}, os.getpid()
+        file = self._files.pop(shard, None)
+        if file is None:
+            if len(self._files) >= OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            file = os.open(self.paths[shard], os.O_RDONLY)
+        self._files[shard] = file  # moved to the end: the first is the least recently used
+        return file
+
+    def _read(self, row: int, what: str) -> bytes:
+        """The bytes of a sample's caption, image, meta or tensors; empty if missing or not requested."""
+        if what not in self._places or self._places[what][row, 1] <= 0:
+            return b""
+        offset, size = self._places[what][row].tolist()
+        shard = int(np.searchsorted(self._first, row, side="right")) - 1
+        try:
+            raw = os.pread(self._open(shard), size, offset)
+        except OSError as error:
+            path, key = self.locate(row)
+            raise DataError(
+                f"shard {path}, key {key}: cannot be read: {error.strerror}: check the file system"
+            ) from error
+        if len(raw) < size:
+            path, key = self.locate(row)
+            raise DataError(
+                f"shard {path} ends inside key {key}: it changed during the run: restore it and start again"
+            )
+        return raw
+
+    def read_text(self, row: int) -> dict:
+        """A row's key, caption and meta. Raises SampleError if the sample is broken, DataError if its shard is."""
+        try:
+            caption = self._read(row, "caption").decode("utf-8").strip()
+            meta = json.loads(self._read(row, "meta") or b"{}")
+        except UnicodeDecodeError as error:
+            raise SampleError("text is not UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise SampleError("json does not parse") from error
+        if "caption" in self.want and not caption:
+            raise SampleError("empty caption")
+        if not isinstance(meta, dict):
+            raise SampleError("json is not an object")
+        return {"key": self.locate(row)[1], "caption": caption, "meta": meta}
+
+    def read(self, row: int) -> dict:
+        """A row's sample: as `read_text` and, if requested, the image (float32 [3, R, R] in [-1, 1]) or the tensors of
+        an encoded sample as "cached" (by name, see data/encoded.py), each with original_size (h, w) and crop (top,
+        left) in pixels. Raises SampleError if the sample is broken, DataError if its shard is."""
+        sample = self.read_text(row)
+        if "tensors" in self._places:
+            record = sample["meta"].get(RECORD_KEY)
+            try:
+                sample["cached"] = unpack_tensors(self._read(row, "tensors"), self.want)
+                sample["original_size"], sample["crop"] = tuple(record["original_size"]), tuple(record["crop"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise SampleError("damaged encoded tensors or record") from error
+        if "image" in self.want:
+            try:
+                image = decode(self._read(row, "image"))
+            except RuntimeError as error:
+                raise SampleError("image does not decode") from error
+            sample["image"], sample["crop"] = resize_and_crop(image, self.resolution)
+            sample["original_size"] = tuple(image.shape[1:])
+        return sample
+
+    def __getitem__(self, position: int) -> dict:
+        """The sample at a global position as from `read`, or the next usable one of its epoch, with `position` (the
+        requested one) and `skipped` (rejected samples in between, by reason). DataError after GIVE_UP of them."""
+        n = len(self)
+        start = position - position % n
+        skipped: Counter[str] = Counter()
+        for miss in range(min(GIVE_UP, n)):
+            row = self.order.row(start + (position + miss) % n)
+            try:
+                return self.read(row) | {"position": position, "skipped": dict(skipped)}
+            except SampleError as reason:
+                skipped[str(reason)] += 1
+        path, key = self.locate(row)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
+        raise DataError(
+            f"{skipped.total()} samples in a row are unusable ({reasons}), the last one in shard {path}, key {key}: "
+            "check the shards with `disback shards --validate`"
+        )
+
+    def close(self) -> None:
+        """Closes this process's files; a later read reopens them."""
+        if self._process == os.getpid():
+            for file in self._files.values():
+                os.close(file)
+        self._files = {}

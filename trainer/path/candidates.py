@@ -1,0 +1,163 @@
+"""Candidates for nodes: saved while the path is recorded; the best spread ones become the nodes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.sampling_order import BatchSplit
+from models.conditioning import Conditioning
+from models.denoise import predict
+from models.pipeline import weight_files
+from trainer.checkpoint.directory import by_step, step_name
+from trainer.config.schema import RecordSettings
+from trainer.distributed.world import World, sum_over_ranks
+from trainer.engine.role import Role
+from trainer.engine.save_weights import ABOUT, FolderWriter
+from trainer.errors import UserError
+from trainer.path.manifest import Node, choose_nodes
+
+Probe = list[tuple[Tensor, Tensor, Conditioning]]  # micro-batches of x_t, t and conditioning
+
+
+def probe_rows(probe: int, world: World) -> list[int]:
+    """This rank's numbers of the `probe` samples. Every rank has equally many, since a forward pass is collective under
+    ZeRO-3; numbers from `probe` on repeat the first samples and are not counted."""
+    count = -(-probe // world.size)
+    return list(range(world.rank * count, (world.rank + 1) * count))
+
+
+class Candidates:
+    """Copies of the fine-tuned network, with their score distances to the teacher; part of the run state.
+
+    A candidate is saved when the distance to the teacher has grown by a share 1 / (2 nodes) of itself, so that their number
+    grows with the logarithm of the distance. Beyond twice the wanted nodes, those nearest to a neighbour are dropped.
+    """
+
+    def __init__(self, folder: Path, settings: RecordSettings, steps: int, world: World):
+        self.folder, self.settings, self.last_step, self.world = folder, settings, steps, world
+        self.rows = probe_rows(settings.probe, world)
+        self.writer = FolderWriter(world)
+        self.steps: list[int] = []
+        self.distances: list[float] = []  # to the teacher
+        self.predictions: list[Tensor] = []  # on this rank's probe samples
+        self.teacher: Tensor | None = None  # the teacher's predictions there
+        self.distance = 0.0  # as last measured
+        self.probe: Probe = []
+
+    def open(self, probe: Probe, network: Role) -> None:
+        """Sets the probe samples. network: still the teacher if recording starts here."""
+        self.probe = probe
+        if self.teacher is None:
+            self.teacher = self._predict(network)
+        if self.world.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    @torch.no_grad()
+    def _predict(self, network: Role) -> Tensor:
+        return torch.cat([predict(network, *part) for part in self.probe])
+
+    def between(self, one: Tensor, other: Tensor) -> float:
+        """Score distance: the mean squared difference of two networks' predictions over the whole probe."""
+        count = sum(i < self.settings.probe for i in self.rows)
+        one, other = one[:count].to(self.world.device), other[:count].to(self.world.device)
+        squares = (one - other).square().sum(dtype=torch.float64)
+        return float(sum_over_ranks(squares, self.world)) / (self.settings.probe * self.teacher[0].numel())
+
+    def consider(self, network: Role, step: int) -> None:
+        """Saves the network as a candidate after `step` finished steps, if it is one. Every rank must call it."""
+        last = step == self.last_step
+        if not self._due(step, last):
+            return
+        prediction = self._predict(network)
+        self.distance = self.between(prediction, self.teacher)
+        grown = self.distance - (self.distances[-1] if self.distances else 0.0)
+        if self.settings.spacing == "distance" and not last and grown <= self.distance / (2 * self.settings.nodes):
+            return
+        self.writer.begin(network.snapshot(dtype=torch.bfloat16), self.folder / step_name(step), {"step": step})
+        self.steps.append(step)
+        self.distances.append(self.distance)
+        self.predictions.append(prediction.cpu())
+        while len(self.steps) > 2 * self.settings.nodes:
+            self._drop_nearest()
+
+    def _due(self, step: int, last: bool) -> bool:
+        if self.settings.spacing == "steps":
+            nodes = self.settings.nodes
+            return step * nodes // self.last_step > (step - 1) * nodes // self.last_step
+        return last or step % self.settings.probe_every == 0
+
+    def _drop_nearest(self) -> None:
+        """Drops the candidate whose two gaps together are smallest; never the newest, which may be the last node."""
+        around = [0.0, *self.distances]
+        nearest = min(range(len(self.distances) - 1), key=lambda i: abs(around[i + 2] - around[i]))
+        for values in (self.steps, self.distances, self.predictions):
+            del values[nearest]
+
+    @property
+    def names(self) -> list[str]:
+        return [step_name(step) for step in self.steps]
+
+    def delete_others(self, needed: set[str]) -> None:
+        """Deletes the candidates that no checkpoint needs any more. Rank 0 only."""
+        for folder in by_step(self.folder).values():
+            if folder.name not in needed:
+                shutil.rmtree(folder)
+
+    def state_dict(self) -> dict:
+        self.writer.join()  # a checkpoint only names candidates that are on the disk
+        return {name: getattr(self, name) for name in ("steps", "distances", "predictions", "teacher", "distance")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("steps", "distances", "predictions", "distance"):
+            setattr(self, name, state[name])
+        self.teacher = state["teacher"].to(self.world.device)
+        missing = [name for name in self.names if not (self.folder / name).is_dir()]
+        ended = bool(self.steps) and self.steps[-1] == self.last_step  # `become_nodes` may have moved some of them
+        if missing and not ended:
+            raise UserError(
+                f"{self.folder}: {', '.join(missing)} is missing, and recording cannot resume without it: set `path` to "
+                "where it was recorded, or record again in another run folder"
+            )
+
+    def regroup(self, states: list[dict], saved: BatchSplit) -> dict:
+        """Predictions have one row per probe sample: all ranks' rows in order, and of them this rank's."""
+        probe = self.settings.probe
+
+        def mine(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts)[:probe][[i % probe for i in self.rows]]
+
+        predictions = [mine(list(parts)) for parts in zip(*(s["predictions"] for s in states), strict=True)]
+        return states[0] | {"predictions": predictions, "teacher": mine([s["teacher"] for s in states])}
+
+    def become_nodes(self, teacher: Path, teacher_hash: str) -> list[Node]:
+        """Renames the chosen candidates to the nodes' folders; returns the nodes, node 0 (the teacher) included, on rank
+        0. Every rank must call it."""
+        root = self.folder.parent
+        nodes = [Node(0, 0, os.path.relpath(teacher, root), teacher_hash, 0, 0.0, 0.0)]
+        before = self.teacher
+        for index, i in enumerate(choose_nodes(self.distances, self.settings.nodes), 1):
+            gap = self.between(self.predictions[i], before)
+            before = self.predictions[i]
+            if self.world.main:
+                file = _move(self.folder / step_name(self.steps[i]), root / f"node-{index:04d}")
+                nodes.append(Node(index, self.steps[i], *file, self.distances[i], gap))
+        return nodes
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _move(candidate: Path, node: Path) -> tuple[str, str, int]:
+    """Renames a candidate to a node, unless an earlier, killed attempt did; returns its weights file (relative to the
+    path's folder), that file's sha256, and its size in bytes, as they were when it was written."""
+    if candidate.exists():
+        shutil.rmtree(node, ignore_errors=True)
+        os.replace(candidate, node)
+    about = json.loads((node / ABOUT).read_text()) if (node / ABOUT).exists() else {"step": -1}
+    if step_name(about["step"]) != candidate.name:
+        raise UserError(f"{candidate} is missing: remove {node.parent} and record again")
+    return f"{node.name}/{weight_files(node)[0].name}", about["sha256"], about["bytes"]

@@ -1,0 +1,93 @@
+"""`status.json` in a stage's folder: how far training is, for `disback status`. No torch: login nodes read it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+from trainer.checkpoint.files import write_text
+from trainer.distributed.logs import log
+
+FILE = "status.json"
+WARNINGS_KEPT = 50
+
+
+class Progress:
+    """Writes a stage's `status.json`. Only the main rank writes; every rank may call.
+
+    Each write replaces the file atomically. A write that fails, as on a full disk, never ends the training. Keys:
+
+        stage, steps, log_every                           as configured
+        state                                             "running", "finished", "stopped" (on a signal) or "failed"
+        message                                           why it stopped or failed
+        step                                              last step that was logged or saved
+        step_seconds, images_per_second, target_node      of the last metrics line; null before the first
+        saved_step, saved                                 last checkpoint and its time; null before the first
+        started, updated                                  times of this start and of the last write
+        restarts                                          how often the stage resumed from a checkpoint
+        warnings, warning_count                           the last 50 health warnings, and how many there were
+
+    Times are seconds since the epoch. A resumed run goes on with the warnings, restarts and speed in the file.
+    """
+
+    def __init__(self, folder: Path, stage: str, steps: int, log_every: int, main: bool, resumed_at: int | None):
+        """resumed_at: the step of the checkpoint that the stage resumed from; None for one that starts anew."""
+        self.file, self.main, self.failing = folder / FILE, main, False
+        self.values = {
+            "stage": stage,
+            "state": "running",
+            "message": "",
+            "step": resumed_at or 0,
+            "steps": steps,
+            "log_every": log_every,
+            "step_seconds": None,
+            "images_per_second": None,
+            "target_node": None,
+            "saved_step": resumed_at,
+            "saved": None,
+            "started": time.time(),
+            "restarts": 0,
+            "warnings": [],
+            "warning_count": 0,
+        }
+        if resumed_at is not None and (before := Progress.read(folder)):
+            goes_on = "step_seconds images_per_second target_node saved restarts warnings warning_count".split()
+            self.values |= {key: before[key] for key in goes_on if key in before}
+            self.values["restarts"] += 1
+        self._write({})
+
+    @staticmethod
+    def read(folder: Path) -> dict | None:
+        """What a stage's `status.json` says; None if there is none, as in runs of earlier versions."""
+        try:
+            return json.loads((folder / FILE).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def line(self, step: int, record: dict) -> None:
+        """Takes step and speed from a metrics line of a logging interval."""
+        shown = ("step_seconds", "images_per_second", "target_node")
+        self._write({"step": step} | {key: record.get(key) for key in shown})
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of a step is safe on disk."""
+        self._write({"step": step, "saved_step": step, "saved": time.time()})
+
+    def warn(self, text: str) -> None:
+        warnings = [*self.values["warnings"], text][-WARNINGS_KEPT:]
+        self._write({"warnings": warnings, "warning_count": self.values["warning_count"] + 1})
+
+    def end(self, state: Literal["finished", "stopped", "failed"], message: str = "") -> None:
+        self._write({"state": state, "message": message})
+
+    def _write(self, values: dict) -> None:
+        if not self.main:
+            return
+        self.values |= values | {"updated": time.time()}
+        try:
+            write_text(json.dumps(self.values, indent=2) + "\n", self.file, durable=False)
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                log.warning(f"{self.file} cannot be written ({error}); `disback status` shows old values until it can")
+            self.failing = True
