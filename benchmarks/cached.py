@@ -1,8 +1,8 @@
-"""What encoded shards save: samples a second read from them, against decoding, autoencoder and text encoders.
+"""Throughput of encoded shards against decoding, autoencoder and text encoders, in samples per second.
 
     python -m benchmarks.cached [--seconds 5]
 
-The miniature at 8 px, both ways in turn; then reading alone of samples as large as SDXL's at 1024 px.
+The miniature at 8 px, both in turn; then plain reading of samples as large as SDXL's at 1024 px.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 from data.digits import build_digits
 from data.encoded import EXTENSION, RECORD_KEY, pack_tensors
 from data.loader import Batches
+from data.sampling_order import BatchSplit
 from data.shard_dataset import ShardDataset
 from data.shard_patterns import expand
 from data.shard_writer import write_shards
@@ -30,7 +31,7 @@ BATCH, ROUNDS = 8, 5
 
 
 def rate(work: Callable[[], object], seconds: float) -> float:
-    """Samples a second of calls that take a batch each."""
+    """Samples per second of calls that take one batch each."""
     count, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds or not count:
         work()
@@ -39,7 +40,7 @@ def rate(work: Callable[[], object], seconds: float) -> float:
 
 
 def work(shards: Path, want: tuple[str, ...], sampler: Sampler) -> Callable[[], object]:
-    batches = Batches(ShardDataset(expand(str(shards)), 8, want), 0, 1, BATCH)
+    batches = Batches(ShardDataset(expand(str(shards)), 8, want), BatchSplit(1, BATCH), 0)
     eps = torch.zeros(BATCH, *sampler.latent_shape)
 
     def one() -> None:
@@ -60,7 +61,7 @@ def as_large_as_sdxl() -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="a measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per measurement")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -83,7 +84,7 @@ def main() -> None:
         for way, rates in found.items():
             print(f"{way:28}{statistics.median(rates):10.0f} samples/s")
         write_shards(as_large_as_sdxl(), root / "large", "s")
-        large = Batches(ShardDataset(expand(str(root / "large")), 1024, ("caption", "latents", "text")), 0, 1, BATCH)
+        large = Batches(ShardDataset(expand(str(root / "large")), 1024, ("caption", "latents", "text")), BatchSplit(1, BATCH), 0)
         size = next((root / "large").glob("*.tar")).stat().st_size / 256
         print(
             f"{'read, as large as SDXL':28}{rate(lambda: next(large), args.seconds):10.0f} samples/s of {size / 1e3:.0f} kB"

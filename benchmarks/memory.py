@@ -1,4 +1,4 @@
-"""This process's memory, as Linux counts it."""
+"""Memory of this process, as Linux counts it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The largest resident size since the process began or `reset_peak`."""
+    """The largest resident size since the process started or since `reset_peak`."""
     return _status("VmHWM:")
 
 

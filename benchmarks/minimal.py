@@ -1,4 +1,4 @@
-"""A backtracking cycle with nothing around it: plain modules, torch's optimizer, one batch in memory."""
+"""A bare backtracking cycle: plain modules, torch's optimizer, one batch in memory."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from trainer.training.run import Run
 
 
 class Minimal:
-    """The mathematics of `run`'s settings, which must be float32, one sample a step and reused samples."""
+    """The mathematics of a run's settings, which must be float32, one sample per step and reused samples."""
 
     def __init__(self, run: Run, shape: tuple[int, int, int]):
         self.settings, self.gan, pipeline = run.settings.backtrack, run.settings.gan, Path(run.settings.pipeline)
@@ -86,7 +86,7 @@ class Minimal:
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, list(self.generator.parameters()), 1 - self.settings.ema)
         for number in range(self.settings.fake_updates):
-            # The generator's batch comes first; later real images have captions of their own.
+            # The generator's batch comes first; later real images have their own captions.
             self.update(self.fake, self.fake_loss(sample, cond, None if number else cond))
 
 

@@ -1,4 +1,4 @@
-"""Pipelines with random weights and shards of nothing in particular, for benchmarks: no hub, no data set."""
+"""Pipelines with random weights and shards of placeholder images, for benchmarks: no hub, no data set."""
 
 from pathlib import Path
 

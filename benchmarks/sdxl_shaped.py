@@ -1,10 +1,10 @@
-"""Both stages on an SDXL-shaped pipeline of about 300 M parameters, with two processes at ZeRO-3: memory and seconds.
+"""Memory and seconds of both stages on an SDXL-shaped pipeline of about 300 M parameters, with two processes at ZeRO-3.
 
     python benchmarks/sdxl_shaped.py [--width 112] [--ranks 2] [--steps 2] [--precision bf16]
 
 The UNet has SDXL's topology (three levels; 0, 2 and 10 transformer layers; text_time conditioning), random weights and
-4 x 4 latents, so that memory is weights and states, not activations. It has a tenth of SDXL's parameters, and so have the
-communication buckets of ds_configs/zero3.json and teacher.json here. Everything is in a temporary folder.
+4 x 4 latents, so that memory is weights and states, not activations. It has a tenth of SDXL's parameters; the communication
+buckets of ds_configs/zero3.json and teacher.json are scaled down alike. Everything is in a temporary folder.
 """
 
 import argparse
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def build(root: Path, width: int) -> int:
-    """Shards and a pipeline folder; returns the number of the UNet's parameters."""
+    """Writes shards and a pipeline folder; returns the number of the UNet's parameters."""
     from diffusers import UNet2DConditionModel
 
     from data.digits import build_digits
@@ -52,7 +52,7 @@ def build(root: Path, width: int) -> int:
 
 
 def scale(root: Path, name: str) -> None:
-    """Writes a file of ds_configs/ into root, its numbers of elements divided by ten."""
+    """Copies a file of ds_configs/ into root, with its numbers of elements divided by ten."""
     config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
     zero = config["zero_optimization"]
     zero |= {key: value // 10 for key, value in zero.items() if type(value) is int and key != "stage"}
@@ -60,7 +60,7 @@ def scale(root: Path, name: str) -> None:
 
 
 def work(root: Path, what: str, steps: int, precision: str) -> None:
-    """One rank of "load", a frozen role alone, or of a stage; prints a line."""
+    """One rank of "load", which only loads a frozen role, or of a stage; prints a line."""
     from models.pipeline import empty_network
     from trainer.backtrack import backtrack
     from trainer.config.deepspeed import deepspeed_config
@@ -126,7 +126,7 @@ def main() -> int:
         )
         call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
         env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        # Each in processes of its own, as its verb has: DeepSpeed's engines outlive the stage that made them.
+        # Each in new processes, as for its verb: DeepSpeed's engines outlive the stage that made them.
         for what in ("load", "record", "backtrack"):
             worker = [__file__, "--worker", root, what, "--steps", str(args.steps), "--precision", args.precision]
             if code := subprocess.run(call + worker, env=env).returncode:

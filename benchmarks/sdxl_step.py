@@ -1,13 +1,13 @@
-"""Steps of both stages on SDXL's own architecture with random weights, on one GPU: time, TFLOP/s, MFU, memory.
+"""Time, TFLOP/s, MFU and memory of both stages' steps on one GPU: SDXL's own architecture with random weights.
 
     python -m benchmarks.sdxl_step [--attention auto,cudnn,flash,efficient,xformers,math] [--steps 20] [KEY=VALUE ...]
-    python -m benchmarks.sdxl_step --small      # a miniature of the same topology, on a CPU: tries the script
+    python -m benchmarks.sdxl_step --small      # a miniature of the same topology, to try the script on a CPU
 
-The pipeline is written into a temporary folder, nothing is fetched. Settings are those of configs/sdxl.yaml for one
-sample a step, with optimizer states in host memory (ONE_GPU): a full fine-tune has 87 GB of states, which one GPU of
-80 GB does not hold. Overrides come after, such as lora.rank=64, network.checkpointing=false or
-backtrack.generator_ds_config=zero2. Each row is a process of its own: one that runs out of memory is a row with the
-reason, and the next begins with an empty device. Prints a Markdown table.
+The pipeline is written into a temporary folder, nothing is fetched. Settings are those of configs/sdxl.yaml with one
+sample per step and optimizer states in host memory (ONE_GPU): a full fine-tune has 87 GB of states, more than an 80 GB
+GPU holds. Overrides come on top, such as lora.rank=64, network.checkpointing=false or
+backtrack.generator_ds_config=zero2. Each row is measured in its own process: if it runs out of memory, the row has the
+reason, and the next one starts with an empty device. Prints a Markdown table.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def settings_of(root: Path, small: bool, overrides: list[str]) -> RunSettings:
 
 
 def work(what: str, root: Path, args: argparse.Namespace) -> None:
-    """A child process: writes the pipeline, or measures one stage, and leaves the result in RESULT."""
+    """In a child process: writes the pipeline, or measures one stage, and writes the result to RESULT."""
     no_progress_bars()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if what == "build":
@@ -67,21 +67,21 @@ def work(what: str, root: Path, args: argparse.Namespace) -> None:
 
 
 def child(what: str, root: Path, args: argparse.Namespace, *overrides: str) -> dict:
-    """Runs `work` in a process of its own; a row with the reason if that process ends otherwise."""
+    """Runs `work` in its own process; returns a row with the reason if that process fails."""
     (root / RESULT).unlink(missing_ok=True)
     call = [sys.executable, "-m", "benchmarks.sdxl_step", "--child", what, "--root", str(root)]
     call += ["--steps", str(args.steps), *(["--small"] if args.small else []), *args.overrides, *overrides]
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    # What DeepSpeed prints is not the table.
+    # Only the table goes to stdout, not what DeepSpeed prints.
     code = subprocess.run(call, cwd=REPOSITORY, env=env, stdout=sys.stderr).returncode
     if (root / RESULT).exists():
         return json.loads((root / RESULT).read_text())
     hint = " (killed: host memory?)" if code == -9 else ""
-    return {"reason": f"its process ended with code {code}{hint}, see above"}
+    return {"reason": f"its process exited with code {code}{hint}, see above"}
 
 
 def planned(name: str, settings: RunSettings, architecture: Architecture) -> dict[str, float]:
-    """What `disback plan` says of the peaks, in GB, without what it assumes for CUDA: an allocator does not see that."""
+    """The peaks that `disback plan` expects, in GB, without the part assumed for CUDA, which the allocator does not see."""
     moments = PLANS[name](settings, architecture, 1).moments
     kinds = {TURN: ("generator",), UPDATE: ("sampling", "fake-score")}
     found = {kind: [v for moment, v in moments.items() if moment.startswith(starts)] for kind, starts in kinds.items()}
@@ -93,7 +93,7 @@ def _number(value: float | None, form: str = ".3g") -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows in Markdown; what a kind of call has not is a dash."""
+    """The rows as a Markdown table; a dash for what a stage does not have."""
     lines = [
         "| stage | attention | step s | generator turn s | fake update s | TFLOP/s: step | turn | update | MFU "
         "| peak GB (plan): turn | update |",
@@ -121,9 +121,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     parser.add_argument("--attention", default="auto", help=f"kernels, with commas: auto, {', '.join(NAMES)}")
     parser.add_argument("--stages", default=",".join(STAGES), help="with commas")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps a stage (whole cycles), after a warm-up")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per stage (whole cycles), after a warm-up")
     parser.add_argument("--small", action="store_true", help="a miniature, for a machine without a GPU")
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made (SDXL's pipeline: 7 GB)")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder (SDXL's pipeline: 7 GB)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()

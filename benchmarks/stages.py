@@ -1,4 +1,4 @@
-"""The real stages, step by step, with a clock, a FLOP counter and a look at the memory in between."""
+"""Times, FLOP and peak memory of the real stages, step by step."""
 
 import statistics
 import time
@@ -25,13 +25,13 @@ WARM_UP = 3  # steps, or a cycle if that is longer
 
 
 class Probe:
-    """What calls of one kind take. On a GPU every call is waited for, before and after."""
+    """Seconds, FLOP and peak memory of calls, by kind. On a GPU it waits for every call, before and after."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
         self.seconds: dict[str, list[float]] = {TURN: [], UPDATE: []}
-        self.peaks = {TURN: 0, UPDATE: 0}  # bytes: of the allocator on a GPU, of this process on a CPU
-        self.flops = {TURN: 0.0, UPDATE: 0.0}  # of one call
+        self.peaks = {TURN: 0, UPDATE: 0}  # bytes: the allocator's on a GPU, the process's on a CPU
+        self.flops = {TURN: 0.0, UPDATE: 0.0}  # per call
         self.counting = True  # the first call of a kind, which also warms up
 
     def call(self, kind: str, call: Callable[[], object]) -> object:
@@ -49,7 +49,7 @@ class Probe:
 
     def _count(self, kind: str, call: Callable[[], object]) -> object:
         kept = []
-        # The counter knows a GPU's kernels; of a CPU's it knows the plain one.
+        # The counter knows the kernels of a GPU, but of a CPU's only the plain one.
         with nullcontext() if self.gpu else sdpa_kernel(SDPBackend.MATH):
             self.flops[kind] = count_flops(lambda: kept.append(call()))
         return kept[0]
@@ -60,17 +60,17 @@ class Probe:
 
 
 def measure(name: str, settings: RunSettings, steps: int, world: World) -> dict:
-    """The row of one stage after a warm-up of whole cycles: the kernel, and by kind of call seconds (median), peak GB and
-    TFLOP/s as executed; seconds, TFLOP/s and MFU (recomputation not counted) of an average step.
+    """The row of one stage after a warm-up of whole cycles: the kernel; seconds (median), peak GB and executed TFLOP/s by
+    kind of call; seconds, TFLOP/s and MFU (without recomputation) of an average step.
 
-    A fake update with `reuse_x0: false` contains its new samples. A row without figures has the reason: an attention
-    kernel that cannot run here, memory that was not enough.
+    With `reuse_x0: false` a fake update contains its new samples. A row without figures has the reason: an attention
+    kernel that cannot run here, or insufficient memory.
     """
     try:
         return _measure(name, settings, steps, world)
     except (ModelError, UserError) as error:
         return {"reason": str(error)}
-    except RuntimeError as error:  # of the device, of pinned memory, of the host: only the words are common to them
+    except RuntimeError as error:  # from the device, pinned or host memory: they only share some words
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
         return {"reason": str(error).splitlines()[0]}
@@ -94,7 +94,7 @@ def _measure(name: str, settings: RunSettings, steps: int, world: World) -> dict
             probe.counting = step < warm
             if step % cycle or cycle == 1:
                 probe.call(UPDATE, lambda step=step: stage.update(step))
-            else:  # its parts are timed one by one, since the peak memory is told apart
+            else:  # its parts are timed separately, since each has its own peak memory
                 began = time.perf_counter()
                 stage.update(step)
                 probe._wait()
@@ -108,7 +108,7 @@ def _measure(name: str, settings: RunSettings, steps: int, world: World) -> dict
 def _row(stage: Recording | Backtracking, probe: Probe, turns: list[float], cycle: int) -> dict:
     parts = probe.seconds[TURN]
     accumulation = stage.settings.accumulation
-    if parts:  # the micro-batches of a turn, and the average of the weights behind them
+    if parts:  # the micro-batches of a turn, then the weight average
         size = accumulation + 1
         parts = [sum(parts[i : i + size]) for i in range(0, len(parts), size)]
     seconds = {TURN: statistics.median(parts) if parts else None, UPDATE: statistics.median(probe.seconds[UPDATE])}

@@ -1,10 +1,10 @@
-"""A training cycle of ours against a hand-written PyTorch loop of the same mathematics, and against its bare networks.
+"""A training cycle of the real stage against a hand-written PyTorch loop of the same mathematics, and its bare networks.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step [--stages 0,1,2,3] [--rounds 5] [--gan] [--checkpointing] [--small]
 
 One process, one thread, float32, batch 1: an SDXL-shaped UNet with random weights, one generator update and five
-fake-score updates with reused samples and guidance. Cycles are interleaved (A B C A B C ...), times are this process's
-CPU seconds, and what is reported are medians of ratios within a round. FLOP are counted in a cycle that is not timed.
+fake-score updates with reused samples and guidance. Cycles are interleaved (A B C A B C ...), times are CPU seconds of
+this process, and the table has medians of the ratios within a round. FLOP are counted in a cycle that is not timed.
 Prints a Markdown table.
 """
 
@@ -33,7 +33,7 @@ from trainer.distributed.world import World, finish, start
 from trainer.training.run import Run
 
 UPDATES, RESOLUTION = 5, 32
-LINEAR = F.linear  # ZeRO-3 puts its own in its place, for the whole process
+LINEAR = F.linear  # ZeRO-3 replaces it for the whole process
 
 
 def make(root: Path, small: bool) -> None:
@@ -77,7 +77,7 @@ class Ours:
 
 
 def cycle(thing: Ours | Minimal) -> None:
-    """One cycle; the minimal loop's with torch's own layers, whatever an engine has put in their place."""
+    """One cycle; that of the minimal loop with torch's own linear layers, even if an engine has replaced them."""
     replaced = F.linear
     if isinstance(thing, Minimal):
         F.linear = LINEAR
@@ -96,7 +96,7 @@ def calls(thing: Ours | Minimal) -> int:
 
 
 def gflop(thing: Ours | Minimal) -> float:
-    """GFLOP of a cycle as they are executed, recomputation included. The counter knows the math kernel on a CPU."""
+    """GFLOP that a cycle executes, recomputation included. On a CPU the counter knows the math kernel only."""
     with sdpa_kernel(SDPBackend.MATH):
         return count_flops(lambda: cycle(thing)) / 1e9
 
@@ -109,7 +109,7 @@ def compare(root: Path, stage: int, world: World, args: argparse.Namespace, firs
     things = {"minimal loop": Minimal(run, shape), f"ours, ZeRO-{stage}": ours}
     if first:
         things["networks alone"] = Bare(run, shape)
-    counts = {name: (calls(thing), gflop(thing)) for name, thing in things.items()}  # also the warm-up
+    counts = {name: (calls(thing), gflop(thing)) for name, thing in things.items()}  # also warms up
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in things}
     for _ in range(args.rounds):
         for name, thing in things.items():
@@ -134,8 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", default="0,1,2,3", help="ZeRO stages of generator and fake score")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gan", action="store_true", help="with the GAN term, its passes shared")
-    parser.add_argument("--checkpointing", action="store_true", help="of activations, in both loops")
+    parser.add_argument("--gan", action="store_true", help="with the GAN term and shared passes")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing, in both loops")
     parser.add_argument("--small", action="store_true", help="1 M parameters: to try the script")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -146,11 +146,11 @@ def main() -> None:
         kind = ", ".join(name for name in ("gan", "checkpointing") if getattr(args, name)) or "plain"
         print(f"{kind}; {args.rounds} rounds; load average {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
         print(
-            "| implementation | CPU time / minimal | wall time / minimal | CPU s a cycle | wall s a cycle "
-            "| samples through networks | GFLOP | GFLOP a CPU s |\n|---|---|---|---|---|---|---|---|"
+            "| implementation | CPU time / minimal | wall time / minimal | CPU s per cycle | wall s per cycle "
+            "| samples through networks | GFLOP | GFLOP per CPU s |\n|---|---|---|---|---|---|---|---|"
         )
         stages = [int(stage) for stage in args.stages.split(",")]
-        # One at a time beside the minimal loop: three roles of each would not fit a small machine.
+        # One at a time next to the minimal loop: the roles of several would not fit a small machine.
         for stage in stages:
             compare(Path(folder), stage, world, args, first=stage == stages[0])
     finish()

@@ -1,9 +1,9 @@
-"""What a target switch costs: its stall against a training step, and against reading the node when it is due.
+"""Stall of a target switch, against a training step and against reading the node only when it is due.
 
     torchrun --nproc-per-node 2 benchmarks/switch.py [--width 128] [--config teacher]
 
-Prints the ratio; fails if the switch stalls training for longer than one step (a forward pass of the teacher on one
-sample with guidance, and a forward and backward pass of the network that it teaches).
+Prints the ratio; fails if the switch stalls training for longer than one step (a guided forward pass of the teacher on one
+sample, and a forward and backward pass of its student).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a pipeline is made of, without weights: from a local folder's configurations, or from the package for known hub ids."""
+"""The configurations of a pipeline without its weights: from a local folder, or from the package for known hub ids."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +33,7 @@ HUB = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The configurations of a pipeline's parts, as their JSON files have them."""
+    """The configurations of a pipeline's parts, as in their JSON files."""
 
     name: str
     family: Family
@@ -43,7 +43,7 @@ class Architecture:
     scheduler: dict
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of an image with `resolution` pixels a side."""
+        """(C, h, w) of the latents of a square image with sides of `resolution` pixels."""
         side = resolution // 2 ** (len(self.vae["block_out_channels"]) - 1)
         return self.vae["latent_channels"], side, side
 
@@ -68,8 +68,8 @@ class Architecture:
 
 
 def find_architecture(pipeline: str) -> Architecture:
-    """The architecture of a pipeline folder or of a known hub id (with any @REVISION: nothing is fetched). Raises
-    ModelError naming the known ids."""
+    """The architecture of a pipeline folder, or of a known hub id at any @REVISION; fetches nothing. Raises ModelError that
+    names the known ids."""
     folder, known = Path(pipeline), HUB.get(pipeline.partition("@")[0])
     if (folder / "model_index.json").is_file():
         family = family_of(folder)

@@ -118,14 +118,3 @@ class Schedule:
         if self.prediction == "flow":  # x_t - sigma (eps - x0) = (alpha + sigma) x0, and alpha + sigma = 1
             return x_t - sigma * prediction
         return alpha * x_t - sigma * prediction
-
-    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise implied by a network's prediction at (x_t, t)."""
-        if self.prediction == "epsilon":
-            return prediction
-        alpha, sigma = self.alpha_sigma(t)
-        if self.prediction == "sample":
-            return (x_t - alpha * prediction) / sigma
-        if self.prediction == "flow":  # x_t + alpha (eps - x0) = (alpha + sigma) eps
-            return x_t + alpha * prediction
-        return alpha * prediction + sigma * x_t

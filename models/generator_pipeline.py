@@ -80,13 +80,13 @@ def _copy_part(source: Path, out: Path, variant: str) -> None:
     if stem is None:
         return  # a tokenizer
     files = weight_files(source, variant, stem)
-    variant = variant_of(files, variant)
+    suffix = f".{variant}" if variant_of(files, variant) else ""
     for file in files:
-        shutil.copyfile(file, out / (file.name.replace(f".{variant}", "") if variant else file.name))
-    index = source / variant_name(f"{stem}.safetensors.index.json", variant or "")
+        shutil.copyfile(file, out / file.name.replace(suffix, ""))
     if len(files) > 1:
-        text = index.read_text()
-        (out / f"{stem}.safetensors.index.json").write_text(text.replace(f".{variant}", "") if variant else text)
+        index = f"{stem}.safetensors.index.json"
+        text = (source / variant_name(index, suffix[1:])).read_text()
+        (out / index).write_text(text.replace(suffix, ""))
 
 
 def write_generator_pipeline(

@@ -19,7 +19,7 @@ from models.gan import Discriminator, feature_shape
 from models.lora import peft_config
 from models.settings import LoraSettings
 
-WHOLE = LoraSettings()  # no adapters
+NO_LORA = LoraSettings()
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def count_flops(call: Callable[[], object]) -> float:
 
 
 def pass_flops(
-    config: dict, latent_shape: tuple[int, int, int], tokens: int, gan: bool = False, lora: LoraSettings = WHOLE
+    config: dict, latent_shape: tuple[int, int, int], tokens: int, gan: bool = False, lora: LoraSettings = NO_LORA
 ) -> PassFlops:
     """Counts the passes of a denoiser with this configuration (its config.json). Raises ModelError for an unknown network
     and, with the GAN term, for one that the head cannot read."""
@@ -80,7 +80,7 @@ def network_memory(
     tokens: int,
     dtype: torch.dtype,
     checkpointing: bool = False,
-    lora: LoraSettings = WHOLE,
+    lora: LoraSettings = NO_LORA,
     fused: bool = True,
 ) -> NetworkMemory:
     """Measures a denoiser with this configuration (its config.json). fused: the attention kernel does not keep the matrix
@@ -179,7 +179,7 @@ def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def meta_network(config: dict, dtype: torch.dtype = torch.float32, lora: LoraSettings = WHOLE) -> ModelMixin:
+def meta_network(config: dict, dtype: torch.dtype = torch.float32, lora: LoraSettings = NO_LORA) -> ModelMixin:
     """A denoiser without weights, in training mode; with LoRA all but the adapters is frozen."""
     with torch.device("meta"):
         network = network_family(config).network.from_config(config)

@@ -29,7 +29,7 @@ class GanSettings(_Settings):
     timesteps: tuple[float, float] = (0.0, 1.0)
     """range of timesteps that samples are noised to for the head, as shares of the schedule"""
     shared_pass: bool = True
-    """the head judges generated samples in the fake score's regular passes, at their x_t, instead of in extra passes with
+    """the head classifies generated samples in the fake score's regular passes, at their x_t, instead of in extra passes with
     their own noise: the same losses in expectation (the generator's over backtrack.timesteps), a quarter less
     computation; it needs all timesteps"""
 
@@ -40,7 +40,7 @@ class GanSettings(_Settings):
             raise ValueError(f"timesteps {list(self.timesteps)} must be shares of the schedule, 0 <= low < high <= 1")
         if self.shared_pass and (low, high) != (0.0, 1.0):
             raise ValueError(
-                "shared_pass judges samples at the fake score's own timesteps, which are all of [0.0, 1.0]: set "
+                "shared_pass classifies samples at the fake score's own timesteps, which are all of [0.0, 1.0]: set "
                 "gan.shared_pass=false for other gan.timesteps"
             )
         return self

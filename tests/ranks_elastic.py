@@ -134,13 +134,13 @@ def elastic_load(root, world):
 
 
 class CannotWrite(support.Interrupted):
-    """One rank may write no file of more than 10 kB from a step on."""
+    """One rank may write no file of more than 100 kB from a step on."""
 
     step_limit = rank_limit = 0
 
     def update(self, step):
         if step + 1 == self.step_limit and self.world.rank == self.rank_limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return super().update(step)
 
 

@@ -52,7 +52,7 @@ EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.
 PARITY = (*EPS, "backtrack.accumulation=2", "backtrack.fake_updates=2", "backtrack.clip=0.05", "backtrack.steps=8")
 RECORDING = (*EPS, "record.nodes=3", "record.clip=0.05", "record.accumulation=2")
 GAN = ("gan.enabled=true", "gan.generator_weight=0.5", "gan.head_weight=0.5")  # weights that leave a mark in few steps
-GAN_STAGES = {True: ("zero0", "zero2", "sharded"), False: ("sharded",)}  # by shared_pass
+GAN_STAGES = {True: ("zero2", "sharded"), False: ("sharded",)}  # by shared_pass
 # LoRA in place of whole networks; alpha / rank is not 1, so that forgetting it shows.
 LORA = ("lora.rank=4", "lora.alpha=2", "record.optimizer.lr=2e-3")
 LORA += ("backtrack.generator.lr=1e-3", "backtrack.fake_score.lr=1e-3")

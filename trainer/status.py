@@ -98,7 +98,7 @@ def stage_status(run: Path, name: str, settings: dict) -> dict:
         "eta_seconds": round(pace * (steps - step)) if pace and steps and state != "finished" else None,
         "images_per_second": progress.get("images_per_second"),
         "target_node": progress.get("target_node"),
-        "checkpoint": checkpoints.latest(),
+        "checkpoint": checkpoints.latest() or None,
         "checkpoint_age_seconds": _age(checkpoints.latest_file),
         "silent_seconds": silent,
         "restarts": progress["restarts"],

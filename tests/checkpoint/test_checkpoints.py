@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import support
-import torch
 from ranks_elastic import stop_recording
 
 from trainer.checkpoint import directory
@@ -207,21 +206,3 @@ def test_a_vanished_file_system_ends_with_the_last_step(root, world, kept, small
     away = Run(support.tiny(root, str(small_disk(10 * size_of(run))), *QUICK), world)
     with pytest.raises(UserError, match="checkpoint of step 2 could not be saved.*file system"):
         support.backtrack_weights(away, Unplugged)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero1", "sharded"])
-def test_one_rank_of_two_cannot_write(root, one_rank_fails, stage):
-    """Rank 1 hits its limit on file sizes: both ranks end with the same message, nothing half written stays, and the run
-    then goes on from the step before and ends as it would have."""
-    told = json.loads((one_rank_fails / f"told-{stage}.json").read_text())
-    assert told[0] == told[1] and "step 2 could not be saved: rank 1: [Errno 27] File too large" in told[0]
-    assert "step-00000001" in told[0]
-    whole_, parts = (torch.load(one_rank_fails / f"{kind}-{stage}.pt") for kind in ("whole", "limited"))
-    assert support.largest_difference(whole_, parts) == 0.0
-
-
-@pytest.fixture(scope="module")
-def one_rank_fails(root):
-    support.ranks("limited", root)
-    return root / "limited"

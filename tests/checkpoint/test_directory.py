@@ -93,3 +93,16 @@ def test_room_is_made_but_not_of_the_latest(checkpoints, monkeypatch):
     with pytest.raises(OSError, match="nothing was written .loop.keep_last is 2."):
         checkpoints.make_room(6, 0)
     assert checkpoints.complete() == [4]
+
+
+def test_an_empty_latest_starts_nothing_over(checkpoints):
+    checkpoints.folder.mkdir()
+    checkpoints.latest_file.write_text("")
+    assert checkpoints.latest() is None  # nothing to lose
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    checkpoints.latest_file.write_text("\n")
+    about, problem = checkpoints.examine(checkpoints.latest())
+    assert about is None and "LATEST is empty" in problem and "`echo step-00000002 > " in problem
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoints.latest_weights()

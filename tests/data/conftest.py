@@ -1,4 +1,4 @@
-"""Shards built on the fly."""
+"""Shards built by the tests."""
 
 import io
 import tarfile
@@ -25,7 +25,7 @@ def encode():
 
 @pytest.fixture
 def pack():
-    """Packs named members into a plain tar, as any tool would, not through our writer."""
+    """Packs named members into a plain tar, without our writer."""
 
     def build(tar: Path, members: list[tuple[str, bytes]]) -> Path:
         tar.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +41,8 @@ def pack():
 
 @pytest.fixture
 def shards(tmp_path, encode, pack):
-    """Shards of n samples: sample i has the colour (i, 0, 0), the caption "c<i>" and {"row": i}; `change` edits members
-    ({extension: bytes}) by sample number, None drops one."""
+    """Shards of n samples: sample i has the colour (i, 0, 0), the caption "c<i>" and {"row": i}. `change` replaces
+    members ({extension: bytes}) by sample number; None drops one."""
 
     def build(n=24, per_shard=10, change=None, folder="shards") -> list[Path]:
         tars = []

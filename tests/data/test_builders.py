@@ -1,4 +1,4 @@
-"""Building shards: the writer, the digits, an image folder; and validating them."""
+"""Building shards with the writer, from digits and from an image folder; validating shards."""
 
 import builtins
 import json
@@ -34,17 +34,17 @@ def test_writer(tmp_path):
     assert [s.read_bytes() for s in again] == [s.read_bytes() for s in shards]
 
 
-def test_writer_refuses_to_overwrite_unless_asked(tmp_path):
+def test_writer_overwrites_only_on_request(tmp_path):
     write_shards(samples(25), tmp_path, "a", 10)
     write_shards(samples(5), tmp_path, "a-b", 10)  # another prefix
     with pytest.raises(DataError, match="already holds a-000000.tar"):
         write_shards(samples(5), tmp_path, "a", 10)
     write_shards(samples(5), tmp_path, "a", 10, overwrite=True)
     assert [p.name for p in expand(str(tmp_path))] == ["a-000000.tar", "a-b-000000.tar"]
-    assert len(list(tmp_path.iterdir())) == 4  # no index is left of the shards that went
+    assert len(list(tmp_path.iterdir())) == 4  # the removed shards' indexes are gone too
 
 
-def test_writer_failing_half_way_leaves_no_half_shard(tmp_path):
+def test_a_failing_writer_leaves_no_partial_shard(tmp_path):
     def failing():
         yield from samples(15)
         raise KeyError("source")
@@ -67,7 +67,7 @@ def test_writer_does_not_collect_a_shard_in_memory(tmp_path):
     write_shards(counted(), tmp_path, "a", 20)
 
 
-def test_writer_names_a_folder_that_cannot_be_written(tmp_path):
+def test_writer_names_an_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot write shards into .*file"):
         write_shards(samples(1), tmp_path / "file", "a")
@@ -123,7 +123,7 @@ def test_digits_again(digits, tmp_path):
         build_digits(out, seed=1)
     build_digits(tmp_path)
     assert all((tmp_path / p.name).read_bytes() == p.read_bytes() for p in out.glob("*.tar"))
-    (tmp_path / "heldout-000001.tar").unlink()  # as a build that was cut off leaves it
+    (tmp_path / "heldout-000001.tar").unlink()  # as after an interrupted build
     build_digits(tmp_path)
     assert all((tmp_path / p.name).read_bytes() == p.read_bytes() for p in out.glob("*.tar"))
 

@@ -1,4 +1,4 @@
-"""Decoding to what a viewer would show."""
+"""Images decode to what a viewer shows."""
 
 import numpy as np
 import pytest

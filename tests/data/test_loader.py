@@ -1,4 +1,4 @@
-"""Which samples a step sees depends on the step alone: not on ranks, accumulation, workers or where a run resumed."""
+"""The samples of a step depend on the step alone: not on ranks, accumulation, workers or where a run resumed."""
 
 import errno
 import multiprocessing
@@ -34,7 +34,7 @@ def steps(tars, n, world, micro_batch, accumulation=1, **options):
     return result
 
 
-def test_every_split_of_a_step_sees_the_same_samples_in_the_same_places(shards):
+def test_every_split_of_a_step_has_the_same_samples_in_the_same_places(shards):
     tars = shards(20)
     wanted = steps(tars, 6, world=1, micro_batch=8)
     assert all(sorted(step) == list(range(8)) for step in wanted)
@@ -42,20 +42,20 @@ def test_every_split_of_a_step_sees_the_same_samples_in_the_same_places(shards):
         assert steps(tars, 6, world, micro_batch, accumulation) == wanted
 
 
-def test_every_sample_once_an_epoch_across_batch_borders(shards):
+def test_every_sample_once_per_epoch_across_batch_borders(shards):
     # 5 steps of 8 are 40 positions: two epochs of 20, though 20 is no multiple of 8
     seen = [step[i] for step in steps(shards(20), 5, world=2, micro_batch=4) for i in range(8)]
     assert Counter(seen[:20]) == Counter(seen[20:]) == Counter(f"c{i}" for i in range(20))
     assert seen[:20] != seen[20:]
 
 
-def test_steps_that_nobody_reads_move_no_sample(shards, monkeypatch):
+def test_unread_steps_do_not_shift_samples(shards, monkeypatch):
     tars = shards(20)
     wanted = steps(tars, 7, world=1, micro_batch=4)
     read = []
     real = ShardDataset.read
     monkeypatch.setattr(ShardDataset, "read", lambda self, row: read.append(row) or real(self, row))
-    for start in (0, 1, 3, 4):  # also between two steps that are read
+    for start in (0, 1, 3, 4):  # also between two read steps
         read.clear()
         batches = Batches(ShardDataset(tars, 8, seed=3), BatchSplit(1, 2, 2), 0, start, every=3)
         for step in range(start, 7):
@@ -80,40 +80,40 @@ def test_resume_is_exact_and_reads_nothing_again(shards, workers, monkeypatch):
         assert len(read) == 3 * 8
 
 
-def test_workers_outlive_signals_that_are_for_the_trainer(shards):
-    """The trainer still reads until it has saved, and Ctrl-C or a preemption reaches the whole group."""
+def test_workers_ignore_the_trainers_stop_signals(shards):
+    """The trainer still reads until it has saved, and Ctrl-C or a preemption signals the whole group."""
     batches = Batches(ShardDataset(shards(20), 8), BatchSplit(1, 2), 0, workers=2)
-    workers = multiprocessing.active_children()  # that may have run no line yet
+    workers = multiprocessing.active_children()  # they may not have run a line yet
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for worker in workers:
             os.kill(worker.pid, number)
-        for _ in range(12):  # more than what was read ahead
+        for _ in range(12):  # more than the prefetched ones
             assert len(next(batches).captions) == 2
     assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
     batches.close()
 
 
-def test_if_not_all_workers_can_be_begun_none_is_left(shards, monkeypatch):
-    """They hold signals, and wait for work that never comes: whoever joined them would wait too."""
-    begin, begun, mask = multiprocessing.Process.start, [], signal.pthread_sigmask(signal.SIG_BLOCK, ())
+def test_no_worker_is_left_if_one_fails_to_start(shards, monkeypatch):
+    """Workers block signals and wait for work: joining one that never gets any would hang."""
+    real, started, mask = multiprocessing.Process.start, [], signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def start(process):
-        if begun:
+        if started:
             raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-        begin(process)
-        begun.append(process)
+        real(process)
+        started.append(process)
 
     monkeypatch.setattr(multiprocessing.Process, "start", start)
     with pytest.raises(OSError, match="temporarily unavailable"):
         Batches(ShardDataset(shards(20), 8), BatchSplit(1, 2), 0, workers=2)
-    begun[0].join(20)
-    assert begun[0].exitcode == -signal.SIGKILL
+    started[0].join(20)
+    assert started[0].exitcode == -signal.SIGKILL
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_system_that_may_come_back_is_no_mistake(shards, workers, monkeypatch, capfd):
-    """A job script starts again after code 1, and gives up after code 2: also for what a loader process met."""
+def test_a_transient_file_system_error_is_not_the_users_mistake(shards, workers, monkeypatch, capfd):
+    """The job script retries after exit code 1 and gives up after 2; errors in a loader process must count the same."""
 
     def stale(self, position):
         raise DataError("shard x: Stale file handle") from OSError(errno.ESTALE, "Stale file handle")
@@ -136,7 +136,7 @@ def test_workers_change_nothing(shards):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.original_sizes, b.original_sizes) and torch.equal(a.crops, b.crops)
         skipped.update(a.skipped)
-    # 10 batches of 4 are two epochs: both samples are met at least twice, more often if one follows the other
+    # 10 batches of 4 are two epochs: both samples come up at least twice, more often if one follows the other
     assert skipped["image does not decode"] >= 2 and skipped["text is not UTF-8"] >= 2
     alone.close()
     helped.close()
@@ -151,7 +151,7 @@ def test_shapes(shards):
     assert batch.images is batch.original_sizes is batch.crops is None
 
 
-def test_the_global_random_state_is_left_alone(shards):
+def test_the_global_random_state_does_not_change(shards):
     dataset = ShardDataset(shards(20), 8)
     torch.manual_seed(0)
     wanted = torch.rand(3)
@@ -161,7 +161,7 @@ def test_the_global_random_state_is_left_alone(shards):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_errors_of_workers_stay_one_line(shards, workers):
+def test_errors_in_workers_stay_one_line(shards, workers):
     tars = shards(20, change={i: {"png": b"broken"} for i in range(20)})
     batches = Batches(ShardDataset(tars, 8), BatchSplit(1, 4), 0, workers=workers)
     with pytest.raises(DataError, match="20 x image does not decode") as error:

@@ -15,7 +15,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 
 
 def test_order_known_value():
-    # Fixed for good: another order would make a resumed run see other samples than the run that it continues.
+    # Must never change: a resumed run would see other samples than the run it continues.
     assert epoch_permutation(8, 0, 0).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
 
 

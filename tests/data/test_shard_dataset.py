@@ -1,4 +1,4 @@
-"""Samples by position; broken ones are replaced alike everywhere and counted."""
+"""Samples by position. Broken ones are counted, and replaced by the same ones everywhere."""
 
 import os
 import pickle
@@ -39,7 +39,7 @@ def test_missing_members_are_left_out_and_counted(shards):
     assert len(ShardDataset(tars, 8, want={"image"})) == 23
 
 
-def test_captions_alone_read_no_image(shards, monkeypatch):
+def test_reading_captions_reads_no_image(shards, monkeypatch):
     tars = shards(10)
     images = {int(o) for o in load_index(tars[0]).locate(["png"])[0]}
     offsets = []
@@ -81,7 +81,7 @@ def test_gives_up_on_a_broken_data_set(shards):
         dataset[0]
 
 
-def test_a_shard_that_shrinks_or_goes_is_named(shards):
+def test_a_truncated_or_deleted_shard_is_named(shards):
     tars = shards(10)
     dataset = ShardDataset(tars, 8)
     os.truncate(tars[0], 600)
@@ -106,9 +106,7 @@ def test_few_files_stay_open(shards, monkeypatch):
 def test_another_process_opens_its_own_files(shards):
     dataset = ShardDataset(shards(10), 8)
     wanted = dataset[3]["key"]
-    copy = pickle.loads(
-        pickle.dumps(dataset)
-    )  # as a spawned loader gets it, with numbers of files that it does not have
+    copy = pickle.loads(pickle.dumps(dataset))  # as in a spawned loader, with file numbers that it does not have
     copy._process, copy._files = -1, {0: 987_654}
     assert copy[3]["key"] == wanted
 

@@ -1,4 +1,4 @@
-"""A tar is whole or it is an error: no sample is lost without a word."""
+"""An incomplete tar is an error: no sample is lost silently."""
 
 import os
 import threading
@@ -57,7 +57,7 @@ def test_truncated_between_members(shards):
         load_index(tar)
 
 
-@pytest.mark.parametrize("damage", [b"\xff", b"\0"])  # zeros, as of a hole in a copy, look like the end of a tar
+@pytest.mark.parametrize("damage", [b"\xff", b"\0"])  # zeros (a hole in a copy) look like the end of a tar
 def test_corrupt_header(shards, damage):
     tar = shards(10)[0]
     raw = bytearray(tar.read_bytes())
@@ -119,20 +119,20 @@ def test_saved_index_is_used_and_a_stale_one_rebuilt(shards, monkeypatch):
     assert len(load_index(tar)) == 10 and not walks
     shards(6)  # writes the same file anew
     assert len(load_index(tar)) == 6 and len(walks) == 1
-    os.utime(tar, ns=(0, 1))  # the size alone would not tell
+    os.utime(tar, ns=(0, 1))  # the same size, another time
     load_index(tar)
     assert len(walks) == 2
     index_file(tar).write_bytes(index_file(tar).read_bytes()[:200])
     assert len(load_index(tar)) == 6 and len(walks) == 3
 
 
-def test_folder_that_cannot_be_written(shards, monkeypatch):
+def test_read_only_folder(shards, monkeypatch):
     tar = shards(10)[0]
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "replace", refuse)  # not by permissions: tests may run as root
+    monkeypatch.setattr(os, "replace", refuse)  # permissions would not stop root
     assert len(load_index(tar)) == 10
     assert sorted(p.name for p in tar.parent.iterdir()) == [tar.name]
 

@@ -1,4 +1,4 @@
-"""What a user may write for shards, and the mistakes that must be named."""
+"""Patterns for shards, and errors that name the mistake."""
 
 import pytest
 from pydantic import ValidationError

@@ -8,7 +8,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "slurm/README.md"]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
-FILE = re.compile(r"`((?:trainer|models|data|tests|benchmarks|configs|ds_configs|slurm|docs)/[\w/.]+\.\w+)`")
+FILE = re.compile(r"`((?:trainer|models|data|tests|benchmarks|configs|ds_configs|slurm|docs)/[a-z0-9_/.]+\.\w+)`")
 MODULE = re.compile(r"(?:-m |--module |`)((?:trainer|models|benchmarks)(?:\.[a-z_]+)+)\b")  # `data.x` is a setting
 
 
@@ -23,3 +23,9 @@ def test_links_files_and_modules_exist(document):
         if not path.with_suffix(".py").exists() and not (owner.exists() and last in owner.read_text()):
             missing.append(name)
     assert not missing
+
+
+def test_the_figure_of_the_rooms_has_every_module():
+    figure = (REPOSITORY / "docs/architecture.md").read_text().partition("## Rooms")[2].split("```")[1]
+    modules = {file.stem for room in ("trainer", "models", "data") for file in (REPOSITORY / room).rglob("*.py")}
+    assert modules - {"__init__"} <= set(re.findall(r"\w+", figure))

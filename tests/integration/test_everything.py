@@ -1,5 +1,5 @@
-"""Adapters, GAN term, accumulation, clipping and recomputed activations at once: as many processes as you like train what
-one trains, at every ZeRO stage."""
+"""Adapters, GAN term, accumulation, clipping and recomputed activations at once: two or four processes train what one
+trains, at every ZeRO stage."""
 
 import pytest
 import support
@@ -18,10 +18,20 @@ def one(root, world, lora_path):
     return weights
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_train_as_one(root, one, ranks):
-    support.ranks("everything", root, ranks)
-    for stage in support.STAGES:
+def assert_trained_as_one(root, one, ranks, stages):
+    for stage in stages:
         weights = torch.load(root / "everything" / f"{stage}-{ranks}.pt")
         assert support.largest_difference(one, weights) < 1e-5, stage
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(root, one):
+    support.ranks("everything", root)
+    assert_trained_as_one(root, one, 2, support.STAGES)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_train_as_one(root, one):
+    """Started by torchrun."""
+    support.torchrun("everything", root, 4)
+    assert_trained_as_one(root, one, 4, ("zero2", "sharded"))

@@ -1,5 +1,7 @@
-"""A run that is stopped, or killed, and started again is the run that was never stopped: weights and metrics."""
+"""A run that is stopped, or killed, and started again is the run that was never stopped: the same program, so the same bits
+of weights and metrics."""
 
+import json
 import os
 import signal
 import subprocess
@@ -43,12 +45,27 @@ def test_one_process_interrupted_twice(root, world, adaptive):
     assert nodes == sorted(nodes, reverse=True) and nodes[-1] < nodes[0]
 
 
-@pytest.mark.slow
-def test_two_ranks_interrupted_twice(root):
+@pytest.fixture(scope="module")
+def two_ranks(root):
     support.ranks("resume", root)
-    for stage in ("zero2", "sharded"):
-        whole, parts = (torch.load(root / "resume" / f"{kind}-{stage}.pt") for kind in ("whole", "parts"))
-        assert_same(root, f"whole-{stage}", f"parts-{stage}", whole, parts)
+    return root / "resume"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "sharded"])
+def test_two_ranks_interrupted_twice(root, two_ranks, stage):
+    """By a signal to rank 1 alone, and by a save that rank 1 cannot write."""
+    whole, parts = (torch.load(two_ranks / f"{kind}-{stage}.pt") for kind in ("whole", "parts"))
+    assert_same(root, f"whole-{stage}", f"parts-{stage}", whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "sharded"])
+def test_one_rank_of_two_cannot_write(two_ranks, stage):
+    """Rank 1 hits its limit on file sizes: both ranks end with the same message."""
+    messages = json.loads((two_ranks / f"messages-{stage}.json").read_text())
+    assert messages[0] == messages[1] and "step-00000005" in messages[0]
+    assert "step 6 could not be saved: rank 1: [Errno 27] File too large" in messages[0]
 
 
 @pytest.mark.slow

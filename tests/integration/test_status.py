@@ -73,7 +73,7 @@ def test_the_end_of_a_run(run):
     """Stopped or failed is what the trainer said last, unless the log shows a new start; finished needs the result."""
     folder = run / "record"
     trainer = Progress(folder, "record", 8, 2, True, 4)
-    trainer.warn("step 4: it is slow")
+    trainer.line(4, {}, ["step 4: it is slow"])
     trainer.end("stopped")
     age(folder, 7200)
     status = run_status(run)

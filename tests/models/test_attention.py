@@ -129,13 +129,13 @@ def test_roles_that_cannot_be_laid_out_or_compiled(shards, pipeline, world):
         said = (folder / "log.txt").read_text()
         for name, role in stage.roles.items():
             last = role.module.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-            left_out = f"{name}: network.channels_last is left out: DeepSpeed keeps these weights flat" in said
-            assert (last, left_out) == ((True, False) if name == "teacher" else (False, True)), name
+            ignored = f"{name}: ignores network.channels_last: DeepSpeed keeps these weights flat" in said
+            assert (last, ignored) == ((True, False) if name == "teacher" else (False, True)), name
         run.settings.network.compile = True
         missing = pipeline / "none"  # refused before anything is read
         for name, trained in (("teacher", None), ("zero3", OptimizerSettings(lr=1e-6))):
-            with pytest.raises(UserError, match=rf"network.compile=true does not go with ZeRO-3 \(late: {name}\)"):
-                stage.role("late", missing, name, trained)
+            with pytest.raises(UserError, match=rf"network.compile=true does not work with ZeRO-3 \(late: {name}\)"):
+                stage.builder.build("late", missing, name, trained)
     finally:
         stage.close()
 

@@ -54,8 +54,9 @@ def test_backward_simulation_is_the_samplers_own_chain():
         x0 = student.training_sample(net, cond(2), noise.at(step, index), (4, 2, 2))
         k = len(net.calls) - 1
         assert net.calls == [(t, False) for t in FOUR[:k]] + [(FOUR[k], True)]
+        draws = noise.at(step, index)
         chain = student.trajectory(
-            net, cond(2), lambda j, step=step: noise.normal(f"z{j}" if j else "z", step, index, (4, 2, 2)), 4
+            net, cond(2), lambda j, draws=draws: draws.normal(f"z{j}" if j else "z", (4, 2, 2)), 4
         )
         assert torch.equal(x0, chain[k])
         alone = student.training_sample(Recorder(), cond(1), noise.at(step, [7]), (4, 2, 2))
@@ -72,8 +73,9 @@ def test_steps_of_a_student_are_drawn_evenly():
 
 def test_a_probe_has_every_step():
     student, noise, net = Student(Schedule.from_config(SDXL), FOUR), SampleNoise("s"), Recorder()
-    whole = student.every_step(net, cond(6), noise.at(0, list(range(6))), "p", (4, 2, 2))
-    chain = student.trajectory(net, cond(6), lambda k: noise.normal(f"p{k or ''}", 0, list(range(6)), (4, 2, 2)), 4)
+    draws = noise.at(0, list(range(6)))
+    whole = student.every_step(net, cond(6), draws, "p", (4, 2, 2))
+    chain = student.trajectory(net, cond(6), lambda k: draws.normal(f"p{k or ''}", (4, 2, 2)), 4)
     assert all(torch.equal(whole[i], chain[i % 4][i]) for i in range(6))
     part = student.every_step(net, cond(2), noise.at(0, [4, 5]), "p", (4, 2, 2))
     assert torch.allclose(part, whole[4:], atol=1e-6)

@@ -1,6 +1,7 @@
 """The plan against what it plans: parameter counts, real DeepSpeed engines, files on disk, real activations."""
 
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import support
 import torch
 from diffusers import UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
 
 from models.architecture import HUB, find_architecture
 from models.errors import ModelError
@@ -131,8 +133,18 @@ def test_a_real_engine_holds_what_is_planned(small, world, tmp_path, stage, prec
     assert written == pytest.approx(expected.checkpoint, rel=0.05)
 
 
+def allocator_peak(call) -> int:
+    """The most bytes that are allocated at once during a call, on top of what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_saved_activations_are_the_real_ones(small, checkpointing):
+def test_activations_are_the_real_ones(small, checkpointing):
+    """What is saved for the backward pass, and the peaks of a forward pass and of forward and backward pass; a CPU's kernels
+    need a little more, for what they work with."""
     for dtype in (BF16, FP32):
         planned = network_memory(described(small[0]), (4, 16, 16), 16, dtype, checkpointing)
         unet = UNet2DConditionModel.from_config(small[0].config).to(dtype).train()
@@ -143,23 +155,28 @@ def test_saved_activations_are_the_real_ones(small, checkpointing):
         with saved.hooks():
             unet(*args, **kwargs)
         assert saved.bytes == pytest.approx(2 * planned.saved, rel=0.05)
+    for parameter in unet.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    planned = network_memory(described(unet), (4, 64, 64), 16, FP32, checkpointing)
+    args, kwargs = inputs(unet, 1, (4, 64, 64), 16)
+    assert allocator_peak(lambda: unet(*args, **kwargs)[0].sum().backward()) == pytest.approx(planned.peak, rel=0.1)
+    with torch.no_grad():
+        assert allocator_peak(lambda: unet(*args, **kwargs)) == pytest.approx(planned.forward_peak, rel=0.1)
 
 
 def test_checkpointing_trades_memory_for_work(sdxl):
-    """And the work is what the cost model says: a backward pass is two forward passes, recomputation another one."""
+    """The work is what the cost model says: a backward pass is two forward passes, recomputation at most another one."""
     a = find_architecture(SDXL)
     about = a.denoiser, a.latent_shape(1024), a.tokens
     whole = network_memory(*about, BF16)
     assert whole.saved > 8 * sdxl.saved and whole.peak > 2 * sdxl.peak
     forward = pass_flops(*about, gan=True)
     assert forward.encoder / forward.forward == pytest.approx(0.43, abs=0.01)
-    for checkpointing, passes in ((False, 3), (True, 4)):
-        network = meta_network(a.denoiser, BF16)
-        if checkpointing:
-            network.enable_gradient_checkpointing()
-        args, kwargs = inputs(network, 1, a.latent_shape(1024), a.tokens)
-        done = count_flops(lambda: network(*args, **kwargs)[0].sum().backward())  # noqa: B023
-        assert done / forward.forward == pytest.approx(passes, rel=0.03)
+    network = meta_network(a.denoiser, BF16)
+    network.enable_gradient_checkpointing()
+    args, kwargs = inputs(network, 1, a.latent_shape(1024), a.tokens)
+    executed = count_flops(lambda: network(*args, **kwargs)[0].sum().backward())
+    assert 3.75 < executed / forward.forward <= 4
 
 
 def test_sdxl_has_the_names_of_a_weights_folder(sdxl):
@@ -244,11 +261,11 @@ def test_work_of_a_step_is_the_known_one():
 def loaded(*argv: str) -> tuple[str, set[str]]:
     """What `disback plan` prints, and which of the two heavy libraries it has imported at the end."""
     code = "import atexit, sys; from trainer.plan import main; "
-    code += "atexit.register(lambda: print(*{'torch', 'deepspeed'} & set(sys.modules))); sys.exit(main())"
+    code += "atexit.register(lambda: print('loaded', *{'torch', 'deepspeed'} & set(sys.modules))); sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=support.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text, _, modules = done.stdout.rstrip("\n").rpartition("\n")
-    return text, set(modules.split())
+    return text, set(modules.split()) - {"loaded"}
 
 
 def test_the_command(capsys):

@@ -118,16 +118,9 @@ def test_counted_work_is_what_a_step_executes(shards, pipeline, world, monkeypat
     for module in (trainer.pretrain, trainer.training.gan):
         monkeypatch.setattr(module, "batch_latents", aside(module.batch_latents))
     updates = 2
-    # The counter knows the plain attention of a CPU only.
-    options = (
-        *options,
-        f"backtrack.fake_updates={updates}",
-        "network.attention=math",
-        "record.probe_every=100",
-        "pretrain.steps=100",
-        "record.steps=100",
-    )
-    with started(build, shards, pipeline, world, *options) as stage:
+    # Of a CPU's attention the counter knows the plain one only. Probes of recording are not counted.
+    fixed = f"backtrack.fake_updates={updates}", "network.attention=math", "record.probe_every=100", "record.steps=100"
+    with started(build, shards, pipeline, world, *options, *fixed) as stage:
         monkeypatch.setattr(stage, "encode", aside(stage.encode))
         settings, steps = stage.run.settings, len(stage.run.settings.student_timesteps)
         executed = 0.0
@@ -139,13 +132,12 @@ def test_counted_work_is_what_a_step_executes(shards, pipeline, world, monkeypat
     shape, tokens = stage.sampler.latent_shape, stage.sampler.text.tokens
     lora = {"lora": settings.lora} if make is not Pretraining else {}
     cost = pass_flops(network.config, shape, tokens, settings.gan.enabled and make is Backtracking, **lora)
+    assert stage.flops == formula(settings, cost) * BATCH  # MFU leaves recomputation out
     counted = formula(settings, cost, recompute=settings.network.checkpointing)
-    # Nobody computes the gradients of the inputs of first layers, and the parts of this tiny network that are not
-    # checkpointed (embeddings, first and last layer) are a good share of it; in SDXL they are not, see test_plan.
+    # Nobody computes the gradients of the inputs of first layers, and what of this tiny network is not checkpointed
+    # (embeddings, first and last layer) is a good share of it; of SDXL it is not, see test_plan.
     low = 0.9 if settings.network.checkpointing else 0.965
     assert low < per_sample / counted < 1.005
-    if settings.network.checkpointing:
-        assert formula(settings, cost) < 0.85 * counted  # MFU leaves recomputation out
 
 
 class Reads(TorchFunctionMode):

@@ -23,7 +23,6 @@ from models.gan import (
 from models.pipeline import load_network
 from trainer.backtrack import Backtracking
 from trainer.errors import UserError
-from trainer.training.metrics import Meters
 
 LATENTS = (4, 4, 4)
 
@@ -59,18 +58,20 @@ def test_published_weights_carry_over():
 
 
 def test_one_pass_and_the_encoder_alone_agree(net):
-    """With or without the decoder: the same logits, and the network's own prediction, to the bit."""
+    """With or without the decoder: the same logits, and the network's own prediction, but for rounding."""
     x_t, t, cond = inputs()
     plain = predict(net.network, x_t, t, cond)
     logits = {"encoder alone": head_logits(net, x_t, t, cond)}
     for decoder_grad in (True, False):
         prediction, logits[f"{decoder_grad=}"] = predict_with_logits(net, x_t, t, cond, decoder_grad)
-        assert torch.equal(prediction, plain) and prediction.requires_grad == decoder_grad
+        torch.testing.assert_close(prediction, plain, **support.ROUNDING)
+        assert prediction.requires_grad == decoder_grad
     net._plain = False  # as a network whose encoder cannot be run alone
     logits["whole network"] = head_logits(net, x_t, t, cond)
-    assert torch.equal(predict(net, x_t, t, cond), plain)
+    torch.testing.assert_close(predict(net, x_t, t, cond), plain, **support.ROUNDING)
     for how, value in logits.items():
-        assert torch.equal(value, logits["encoder alone"]) and value.requires_grad, how
+        torch.testing.assert_close(value, logits["encoder alone"], **support.ROUNDING, msg=how)
+        assert value.requires_grad, how
     assert torch.is_grad_enabled() and not net.network.mid_block._forward_hooks
 
 
@@ -79,7 +80,8 @@ def test_the_gradient_on_the_sample_reaches_nothing_else(net):
     leaf = x_t.requires_grad_()
     logits = predict_with_logits(net, leaf, t, cond, decoder_grad=False)[1], head_logits(net, leaf, t, cond)
     gradients = [generator_gradient(value, leaf, 1.0)[0] for value in logits]
-    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
+    assert gradients[0].abs().max() > 0
     assert leaf.grad is None and all(p.grad is None for p in net.parameters())
 
 
@@ -145,8 +147,9 @@ def counted(run, steps=2) -> tuple[dict, float]:
         return counter.get_total_flops()
 
     with sdpa_kernel(SDPBackend.MATH):  # the one that the counter counts on a CPU
-        whole = flops(lambda: [stage.update(step, Meters(), 9) for step in range(steps)])
-        whole -= steps * flops(lambda: stage.encode(["a handwritten seven"] * stage.micro, {}))
+        whole = flops(lambda: [stage.update(step) for step in range(steps)])
+        captions = ["a handwritten seven"] * stage.micro
+        whole -= steps * flops(lambda: stage.sampler.text.encode(captions, stage.sampler.resolution))
         if stage.gan:
             latents = torch.zeros(stage.micro, *LATENTS)
             whole -= steps * flops(lambda: stage.sampler.encode(torch.zeros(stage.micro, 3, 8, 8), latents))
@@ -183,21 +186,23 @@ def losses(folder) -> list[dict]:
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(root, world):
-    """Shared passes with a two-step student in pieces, and passes of their own with the walk, at ZeRO 0, 2 and
-    sharded 3, with accumulation and clipping."""
+    """Shared passes with a two-step student in pieces at ZeRO 2 and 3, and passes of their own with the walk at ZeRO 3;
+    with accumulation and clipping. test_everything has the other stages."""
     support.ranks("gan", root)
     for shared in (True, False):
-        run = support.single(root, f"gan-one-{shared}", world, *support.gan_flags(shared), "backtrack.generator_split=1")
+        run = support.single(
+            root, f"gan-one-{shared}", world, *support.gan_flags(shared), "backtrack.generator_split=1"
+        )
         one, lines = support.backtrack_weights(run), losses(run.folder)
-        plain = support.single(root, f"gan-none-{shared}", world, *support.gan_flags(shared), "gan.enabled=false")
-        without = support.backtrack_weights(plain)
-        assert max(float((one[k] - v).abs().max()) for k, v in without.items() if k.startswith("generator")) > 1e-5
         for stage in support.GAN_STAGES[shared]:
             two = torch.load(root / "gan" / f"{stage}-{shared}.pt")
             assert any(k.startswith("fake_score.head.") for k in two)
             assert support.largest_difference(one, two) < 1e-5
             for theirs, ours in zip(losses(root / f"gan-{stage}-{shared}"), lines, strict=True):
                 assert theirs == pytest.approx(ours, rel=2e-3)
+    plain = support.single(root, "gan-none", world, *support.gan_flags(shared), "gan.enabled=false")
+    without = support.backtrack_weights(plain)  # the comparison above would see a lost term
+    assert max(float((one[k] - v).abs().max()) for k, v in without.items() if k.startswith("generator")) > 1e-5
 
 
 def test_resumes_bit_for_bit_and_learns(root, world):

@@ -28,8 +28,8 @@ def test_restarts_and_warnings_go_on(tmp_path):
     progress = Progress(tmp_path, "record", 100, 10, True, None)
     progress.line(10, LINE)
     progress.saved(10)
-    for number in range(WARNINGS_KEPT + 5):
-        progress.warn(f"warning {number}")
+    progress.line(20, LINE, [f"warning {number}" for number in range(WARNINGS_KEPT)])
+    progress.line(30, LINE, [f"warning {number}" for number in range(WARNINGS_KEPT, WARNINGS_KEPT + 5)])
     progress.end("failed", "no space")
     for restarts in (1, 2):
         Progress(tmp_path, "record", 200, 10, True, 10)
@@ -73,8 +73,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("disback"), "propagate", True)
     folder = tmp_path / "gone"
     progress = Progress(folder, "record", 100, 10, True, None)
-    progress.line(10, LINE)
-    progress.warn("it is slow")
+    progress.line(10, LINE, ["it is slow"])
     progress.end("finished")
     assert [r.getMessage().partition(" cannot")[0] for r in caplog.records] == [str(folder / FILE)]
     folder.mkdir()

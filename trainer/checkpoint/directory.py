@@ -51,11 +51,13 @@ class CheckpointDirectory:
         return self.root / step_name(step)
 
     def latest(self) -> str | None:
-        """The name of the checkpoint that a run resumes from; None if there is none yet."""
+        """The name of the checkpoint that a run resumes from; None if there is none yet. A LATEST that lost its content,
+        as on a full disk, names "": with checkpoints there, training must not start over."""
         try:
-            return self.latest_file.read_text().strip() or None
+            name = self.latest_file.read_text().strip()
         except FileNotFoundError:
             return None
+        return name if name or self.complete() else None
 
     def latest_step(self) -> int | None:
         return step_of(self.latest() or "")
@@ -141,6 +143,8 @@ class CheckpointDirectory:
     def examine(self, name: str) -> tuple[dict | None, str | None]:
         """(state.json of a checkpoint, None), or (None, what is wrong with it). Of its files only sizes are compared."""
         folder = self.root / name
+        if not name:
+            return None, self._empty_latest()
         try:
             about = json.loads((folder / ABOUT).read_text())
             if about["format"] != FORMAT:
@@ -151,6 +155,11 @@ class CheckpointDirectory:
         if wrong:
             return None, self.damaged(name, f"{min(wrong)[0]} is missing or has another size")
         return about, None
+
+    def _empty_latest(self) -> str:
+        newest = step_name(self.complete()[-1])
+        back = f"`echo {newest} > {self.latest_file}`"
+        return f"{self.latest_file} is empty, but there are checkpoints: {back} resumes from the most recent one"
 
     def damaged(self, name: str, problem: str) -> str:
         """The error message for a damaged checkpoint, with the command that goes back to the most recent intact one.

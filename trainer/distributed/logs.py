@@ -32,6 +32,26 @@ def no_progress_bars() -> None:
 log = logging.getLogger("disback")
 
 
+class _Warnings(logging.Handler):
+    """Collects warnings for `take_warnings`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+_warnings = _Warnings()
+
+
+def take_warnings() -> list[str]:
+    """The warnings since the last call, for the stage's status.json."""
+    texts, _warnings.texts = _warnings.texts, []
+    return texts
+
+
 def start_log(folder: Path, main: bool) -> None:
     """Sends rank 0's messages to stderr and to the stage's log.txt; other ranks only print errors."""
     log.handlers.clear()
@@ -40,6 +60,8 @@ def start_log(folder: Path, main: bool) -> None:
     screen = logging.StreamHandler(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(screen)
+    take_warnings()  # of an earlier stage
+    log.addHandler(_warnings)
     if main:
         file = logging.FileHandler(folder / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trainer.checkpoint.checkpoint import Checkpoints
 from trainer.config.schema import HealthSettings, LoopSettings
-from trainer.distributed.logs import log
+from trainer.distributed.logs import log, take_warnings
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.world import World
 from trainer.errors import Stopped, UserError
@@ -111,10 +111,9 @@ class Loop:
         line["tflops_per_gpu"] = stage.flops / pace / 1e12 if stage.flops else None
         self.saving = None
         self.metrics.line(step, line)
-        self.progress.line(step, line)
         for warning in self.health.observe(line):
             log.warning(f"{stage.name}, step {step}: {warning}")
-            self.progress.warn(f"step {step}: {warning}")
+        self.progress.line(step, line, take_warnings())
         if self.health.hopeless:
             raise UserError(
                 f"{stage.name} stopped at step {step}: the gradients of {self.health.skipped_in_a_row} updates in a row were "

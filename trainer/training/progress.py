@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ class Progress:
         saved_step, saved                                 last checkpoint and its time; null before the first
         started, updated                                  times of this start and of the last write
         restarts                                          how often the stage resumed from a checkpoint
-        warnings, warning_count                           the last 50 health warnings, and how many there were
+        warnings, warning_count                           the last 50 warnings in the log, and how many there were
 
     Times are seconds since the epoch. A resumed run goes on with the warnings, restarts and speed in the file.
     """
@@ -64,18 +65,17 @@ class Progress:
         except (OSError, ValueError):
             return None
 
-    def line(self, step: int, record: dict) -> None:
-        """Takes step and speed from a metrics line of a logging interval."""
+    def line(self, step: int, record: dict, warnings: Sequence[str] = ()) -> None:
+        """Takes step and speed from a metrics line of a logging interval, and the warnings since the last one."""
         shown = ("step_seconds", "images_per_second", "target_node")
-        self._write({"step": step} | {key: record.get(key) for key in shown})
+        count = self.values["warning_count"] + len(warnings)
+        warnings = [*self.values["warnings"], *warnings][-WARNINGS_KEPT:]
+        values = {"step": step, "warnings": warnings, "warning_count": count}
+        self._write(values | {key: record.get(key) for key in shown})
 
     def saved(self, step: int) -> None:
         """The checkpoint of a step is safe on disk."""
         self._write({"step": step, "saved_step": step, "saved": time.time()})
-
-    def warn(self, text: str) -> None:
-        warnings = [*self.values["warnings"], text][-WARNINGS_KEPT:]
-        self._write({"warnings": warnings, "warning_count": self.values["warning_count"] + 1})
 
     def end(self, state: Literal["finished", "stopped", "failed"], message: str = "") -> None:
         self._write({"state": state, "message": message})
