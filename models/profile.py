@@ -1,11 +1,10 @@
 """What a network costs, measured on the meta device, without weights: FLOP of its passes, and memory for activations."""
 
-import json
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from diffusers import ModelMixin
@@ -66,14 +65,45 @@ def count_flops(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
+def _cached(function: Callable) -> Callable:
+    """Remembers results by the printed arguments, since configurations are not hashable."""
+    results: dict[str, object] = {}
+
+    @wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        key = repr((args, kwargs))
+        if key not in results:
+            results[key] = function(*args, **kwargs)
+        return results[key]
+
+    return call
+
+
+@_cached
 def pass_flops(
     config: dict, latent_shape: tuple[int, int, int], tokens: int, gan: bool = False, lora: LoraSettings = NO_LORA
 ) -> PassFlops:
     """Counts the passes of a denoiser with this configuration (its config.json). Raises ModelError for an unknown network
     and, with the GAN term, for one that the head cannot read."""
-    return _pass_flops(_key(config), tuple(latent_shape), tokens, gan, _key(lora.model_dump()))
+
+    @torch.no_grad()
+    def count(module: nn.Module, *args: object, **kwargs: object) -> float:
+        return count_flops(lambda: module(*args, **kwargs))
+
+    network = meta_network(config)
+    args, kwargs = inputs(network, 1, latent_shape, tokens)
+    forward, encoder, head, adapter = count(network, *args, **kwargs), 0.0, 0.0, 0.0
+    if gan:
+        with torch.device("meta"):
+            discriminator = Discriminator(network, latent_shape, seed=0)
+            head = count(discriminator.head, torch.empty(1, *feature_shape(network, latent_shape)))
+        encoder = count(discriminator, *args, with_logits=True, decoder="skip", **kwargs) - head
+    if lora.rank:
+        adapter = count(meta_network(config, lora=lora), *args, **kwargs) / forward - 1
+    return PassFlops(forward, encoder, head, adapter)
 
 
+@_cached
 def network_memory(
     config: dict,
     latent_shape: tuple[int, int, int],
@@ -85,78 +115,26 @@ def network_memory(
 ) -> NetworkMemory:
     """Measures a denoiser with this configuration (its config.json). fused: the attention kernel does not keep the matrix
     of scores, as all but the math kernel."""
-    key = _key(config), tuple(latent_shape), tokens, dtype, checkpointing, _key(lora.model_dump()), fused
-    return _network_memory(*key)
-
-
-def with_head(network: NetworkMemory, config: dict, latent_shape: tuple[int, int, int]) -> NetworkMemory:
-    """The same with the parameters of the GAN head; its activations are below a hundredth of the network's and left out.
-    Raises ModelError for a denoiser that the head cannot read."""
-    return replace(network, trainable=network.trainable + _head_parameters(_key(config), tuple(latent_shape)))
-
-
-def _key(values: dict) -> str:
-    """A configuration as the key of a cache, without what does not make the network, such as diffusers' version."""
-    made_of = {k: v for k, v in values.items() if not k.startswith("_") or k == "_class_name"}
-    return json.dumps(made_of, sort_keys=True, default=str)
-
-
-@lru_cache(maxsize=32)
-def _pass_flops(config: str, latent_shape: tuple[int, int, int], tokens: int, gan: bool, lora: str) -> PassFlops:
-    @torch.no_grad()
-    def count(module: nn.Module, *args: object, **kwargs: object) -> float:
-        return count_flops(lambda: module(*args, **kwargs))
-
-    network, settings = meta_network(json.loads(config)), LoraSettings(**json.loads(lora))
-    args, kwargs = inputs(network, 1, latent_shape, tokens)
-    forward, encoder, head, adapter = count(network, *args, **kwargs), 0.0, 0.0, 0.0
-    if gan:
-        with torch.device("meta"):
-            discriminator = Discriminator(network, latent_shape, seed=0)
-            head = count(discriminator.head, torch.empty(1, *feature_shape(network, latent_shape)))
-        encoder = count(discriminator, *args, with_logits=True, decoder="skip", **kwargs) - head
-    if settings.rank:
-        adapted = meta_network(json.loads(config), lora=settings)
-        adapter = count(adapted, *args, **kwargs) / forward - 1
-    return PassFlops(forward, encoder, head, adapter)
-
-
-@lru_cache(maxsize=32)
-def _head_parameters(config: str, latent_shape: tuple[int, int, int]) -> tuple[int, ...]:
-    network = meta_network(json.loads(config))
-    with torch.device("meta"):
-        return tuple(p.numel() for p in Discriminator(network, latent_shape, seed=0).head.parameters())
-
-
-@lru_cache(maxsize=32)
-def _network_memory(
-    config: str,
-    latent_shape: tuple[int, int, int],
-    tokens: int,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    lora: str,
-    fused: bool,
-) -> NetworkMemory:
-    network = meta_network(json.loads(config), dtype, LoraSettings(**json.loads(lora)))
+    network = meta_network(config, dtype, lora)
     if checkpointing:
         network.enable_gradient_checkpointing()
     parameters = list(network.parameters())
     trained = [p for p in parameters if p.requires_grad]
     for parameter in trained:  # how long gradients live is up to ZeRO, see trainer.planner.memory
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    saved, encoder_saved = SavedActivations(parameters), 0
+
+    def at_bottleneck(*_: object) -> None:
+        nonlocal encoder_saved
+        encoder_saved = saved.bytes
+
     with torch.device("meta"), _fused_attention() if fused else nullcontext():
         args, kwargs = inputs(network, 1, latent_shape, tokens)
         with torch.no_grad(), PeakMemory(parameters) as without_autograd:
             network(*args, **kwargs)
-        saved, encoder_saved = SavedActivations(parameters), 0
-
-        def at_bottleneck(*_: object) -> None:
-            nonlocal encoder_saved
-            encoder_saved = saved.bytes
-
         bottleneck = getattr(network, "mid_block", None)
         hook = bottleneck.register_forward_hook(at_bottleneck) if bottleneck is not None else None
+        # No FLOP counter here: its hooks would keep recomputed activations alive.
         with PeakMemory(parameters) as both:
             with saved.hooks():
                 out = network(*args, **kwargs)[0]
@@ -173,6 +151,14 @@ def _network_memory(
         peak=both.peak,
         forward_peak=without_autograd.peak,
     )
+
+
+@_cached
+def head_parameters(config: dict, latent_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Elements of each parameter of the GAN head on a denoiser. Raises ModelError for one that it cannot read."""
+    network = meta_network(config)
+    with torch.device("meta"):
+        return tuple(p.numel() for p in Discriminator(network, latent_shape, seed=0).head.parameters())
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

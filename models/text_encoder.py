@@ -22,7 +22,7 @@ class TextEncoder:
     def __init__(self, pipeline: Path, dtype: torch.dtype, device: torch.device, variant: str = ""):
         self.family = family_of(pipeline)
         self.parts = load_text(pipeline, dtype, device, variant)
-        self.device = device
+        self.device, self.dtype = device, dtype
         names = text_encoders(read_json(Path(pipeline) / "model_index.json"))
         self.encoders = [getattr(self.parts, name) for name in names]
         self.empty = None if self.family.empty_is_zero(self.parts) else self._text([""])
@@ -41,6 +41,17 @@ class TextEncoder:
         """The conditioning of B captions. time_ids: [B, 6], or the resolution in pixels of uncropped square images;
         ignored by families without time ids."""
         return self.conditioning(*self._text(captions), time_ids)
+
+    def encode_or_load(self, captions: list[str], encoded: dict[str, Tensor], time_ids: Tensor | int) -> Conditioning:
+        """The conditioning of captions, from their encoded text ("states", "pooled") if there is any; time_ids as in
+        `encode`."""
+        if "states" not in encoded:
+            return self.encode(captions, time_ids)
+        states, pooled = (
+            value if value is None else value.to(self.device, self.dtype, non_blocking=True)
+            for value in (encoded["states"], encoded.get("pooled"))
+        )
+        return self.conditioning(states, pooled, time_ids)
 
     def conditioning(self, states: Tensor, pooled: Tensor | None, time_ids: Tensor | int) -> Conditioning:
         """The conditioning from text states [B, L, D] and pooled text [B, P] of this pipeline; time_ids as in

@@ -20,11 +20,10 @@ from models.multistep import Student
 from models.noise import Draws
 from models.objectives import OBJECTIVES, Scores
 from models.pipeline import empty_network
-from models.profile import pass_flops
 from trainer.checkpoint.directory import CheckpointDirectory
-from trainer.config.schema import BacktrackSettings
+from trainer.config.deepspeed import micro_batch
 from trainer.distributed.logs import log
-from trainer.distributed.world import barrier, mean_over_ranks
+from trainer.distributed.world import barrier
 from trainer.engine.save_weights import Snapshot
 from trainer.entry import exit_with, run_verb
 from trainer.errors import UserError
@@ -32,51 +31,49 @@ from trainer.export import export_generator
 from trainer.path.manifest import DegradationPath, open_path
 from trainer.path.target import Target
 from trainer.planner.flops import backtrack_flops
-from trainer.training.average import WeightAverage
 from trainer.training.gan import GanTerm
 from trainer.training.loop import train
-from trainer.training.preview import preview_grid
-from trainer.training.reused import ReusedSamples
 from trainer.training.run import Run
-from trainer.training.stage import Stage
+from trainer.training.run_state import ReusedSamples, WeightAverage
+from trainer.training.stage import DenoiserStage
 
 
-class Backtracking(Stage):
-    """Distils the generator toward the nodes of the path, in reverse, ending at the teacher. The step comes first; how the
-    roles are built follows below."""
+class Backtracking(DenoiserStage):
+    """Distils the generator toward the nodes of the path, in reverse order, ending at the teacher. The step comes first;
+    how the roles are built follows below."""
 
     def update(self, step: int) -> None:
-        turn = step % self.settings.fake_updates == 0  # of the generator
-        if turn:
-            self.target.move(step // self.settings.fake_updates)
-            self.reused.clear()
+        generator_update, rest = divmod(step, self.settings.fake_updates)
         rates, mismatches = self.rates(step), []
-        for part, batch in enumerate(self.micro_batches()):
+        if rest == 0:
+            self.target.move(generator_update)
+            self.reused.clear()
+        for micro_step, batch in enumerate(self.micro_batches()):
             draws = self.noise.at(step, batch.index)
-            if turn:
-                x0, cond, mismatch = self.update_generator(batch, draws, rates["generator"])
-                mismatches.append(mismatch)
-            elif self.settings.reuse_x0:
-                x0, cond = self.reused[part]
+            if rest and self.settings.reuse_x0:
+                x0, cond = self.reused[micro_step]
+                real_cond = self.encode(batch) if self.gan else cond  # the samples have an earlier batch's captions
             else:
-                cond = self.encode(batch)
-                with torch.no_grad():
-                    x0 = self.generate(cond, draws)
-            self.update_fake_score(x0, cond, batch, draws, rates["fake_score"])
-        if turn:
+                cond = real_cond = self.encode(batch)
+                if rest:
+                    with torch.no_grad():
+                        x0 = self.sample(cond, draws)
+                else:
+                    x0, mismatch = self.update_generator(cond, draws, rates["generator"])
+                    mismatches.append(mismatch)
+            self.update_fake_score(x0, cond, batch, real_cond, draws, rates["fake_score"])
+        if rest == 0:
             self.average.update()
-            self.target.observe(step // self.settings.fake_updates, torch.stack(mismatches).mean())
+            self.target.observe(generator_update, torch.stack(mismatches).mean())
 
-    def update_generator(self, batch: Batch, draws: Draws, rate: float) -> tuple[Tensor, Conditioning, Tensor]:
-        """A micro-batch of the generator's update, in `generator_split` pieces; returns its samples, detached, their
-        conditioning and the mismatch on them."""
-        # Encoded whole: the last bit of a text state depends on its batch.
-        cond = self.encode(batch)
+    def update_generator(self, cond: Conditioning, draws: Draws, rate: float) -> tuple[Tensor, Tensor]:
+        """A micro-batch of the generator's update, in `generator_split` pieces; returns its samples, detached, and the
+        mismatch on them."""
         size, samples, mismatches = self.micro // self.settings.generator_split, [], []
         for rows in (slice(low, low + size) for low in range(0, self.micro, size)):
             piece = cond.map(lambda value, rows=rows: value[rows])
-            x0 = self.generate(piece, draws.rows(rows))
-            gradient, mismatch = self.gradient(x0.detach(), piece, draws.rows(rows))
+            x0 = self.sample(piece, draws.rows(rows))
+            gradient, mismatch = self.gradient_on_x0(x0.detach(), piece, draws.rows(rows))
             # mean(x0 * gradient) has gradient / elements as its gradient on x0.
             self.generator.step((x0 * gradient).mean(), rate)
             samples.append(x0.detach())
@@ -86,13 +83,13 @@ class Backtracking(Stage):
         self.meters.add("sample_spread", spread(x0))
         if self.settings.reuse_x0:
             self.reused.append(x0, cond)
-        return x0, cond, mismatch
+        return x0, mismatch
 
-    def generate(self, cond: Conditioning, draws: Draws) -> Tensor:
-        """x0 [B, C, h, w] of the generator, at its one step or a random one of several."""
+    def sample(self, cond: Conditioning, draws: Draws) -> Tensor:
+        """x0 [B, C, h, w] of the generator, at its one step or at a random one of several."""
         return self.student.training_sample(self.generator, cond, draws, self.sampler.latent_shape)
 
-    def gradient(self, x0: Tensor, cond: Conditioning, draws: Draws) -> tuple[Tensor, Tensor]:
+    def gradient_on_x0(self, x0: Tensor, cond: Conditioning, draws: Draws) -> tuple[Tensor, Tensor]:
         """The gradient on x0 [B, C, h, w], and the mismatch between target and fake score, a scalar."""
         t = self.schedule.timesteps(draws.uniform("t"), *self.settings.timesteps)
         eps = draws.normal("eps", tuple(x0.shape[1:]))
@@ -113,14 +110,15 @@ class Backtracking(Stage):
         mismatch = (unguided - fake).square().mean()
         return (gradient + gan_gradient if self.gan else gradient), mismatch
 
-    def update_fake_score(self, x0: Tensor, cond: Conditioning, batch: Batch, draws: Draws, rate: float) -> None:
-        """A micro-batch of the fake score's update: denoising of generated samples, and the head's loss."""
+    def update_fake_score(
+        self, x0: Tensor, cond: Conditioning, real: Batch, real_cond: Conditioning, draws: Draws, rate: float
+    ) -> None:
+        """A micro-batch of the fake score's update: denoising of generated samples x0 and, with the GAN term, the head's
+        loss on them and on real ones."""
         t = self.schedule.timesteps(draws.uniform("fake t"))
         eps = draws.normal("fake eps", tuple(x0.shape[1:]))
         if self.gan:
-            fresh = not self.settings.reuse_x0 or draws.step % self.settings.fake_updates == 0
-            real_cond = cond if fresh else self.encode(batch)  # reused samples have an earlier batch's captions
-            denoising, head = self.gan.fake_score_losses(x0, eps, t, cond, batch, real_cond, draws)
+            denoising, head = self.gan.fake_score_losses(x0, eps, t, cond, real, real_cond, draws)
             self.meters.add("loss/gan_head", head)
             loss = denoising + self.gan.settings.head_weight * head
         else:
@@ -129,47 +127,30 @@ class Backtracking(Stage):
         self.fake_score.step(loss, rate)
 
     def __init__(self, run: Run):
-        settings, s = run.settings.backtrack, run.settings
-        super().__init__("backtrack", run, settings, images=s.gan.enabled, pipeline=run.pipeline_folder)
-        self._check(settings)
-        self.update_every = {"generator": settings.fake_updates}
-        self.student = Student(self.schedule, s.student_timesteps)
-        self.objective = OBJECTIVES[settings.objective]
-        teacher, path = self.builder.hash(run.teacher_folder), None
+        run_settings, settings = run.settings, run.settings.backtrack
+        check(run)
+        teacher, path = run.weights_hash(run.teacher_folder), None
         if settings.path != "none":
-            hashes = teacher, self.builder.hash(run.start_folder)
-            path = open_path(s.path_folder, run.teacher_folder, hashes, s.student_timesteps, run.world, s.lora)
+            hashes, timesteps = (teacher, run.weights_hash(run.start_folder)), run_settings.student_timesteps
+            path = open_path(
+                run_settings.path_folder, run.teacher_folder, hashes, timesteps, run.world, run_settings.lora
+            )
+        gan = run_settings.gan
+        super().__init__("backtrack", run, settings, images=gan.enabled, pipeline=run.pipeline_folder)
+        self.update_every = {"generator": settings.fake_updates}
+        self.student = Student(self.schedule, run_settings.student_timesteps)
+        self.objective = OBJECTIVES[settings.objective]
         self._build_roles(path)
-        self.gan = GanTerm(s.gan, self.fake_score, self.sampler) if s.gan.enabled else None
-        self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk, self._mean)
+        self.gan = GanTerm(gan, self.fake_score, self.sampler) if gan.enabled else None
+        self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
         self.average = WeightAverage(self.generator, settings.ema)
         self.reused = ReusedSamples(self.world, self.split, self.sampler.text.family.name)
-        self.parts = {"ema": self.average, "target": self.target, "reused": self.reused}
-        latents, tokens = self.sampler.latent_shape, self.sampler.text.tokens
-        cost = pass_flops(self.generator.config, latents, tokens, s.gan.enabled, s.lora)
-        self.flops = backtrack_flops(s, cost) * self.micro * settings.accumulation
+        self.parts |= {"ema": self.average, "target": self.target, "reused": self.reused}
+        self.count_flops(backtrack_flops, self.generator, gan.enabled)
         self.identity |= {"teacher": teacher, "timesteps": list(self.student.timesteps)}
-        self.identity |= {f"gan.{k}": v for k, v in s.gan.model_dump(mode="json").items()}
+        self.identity |= {f"gan.{k}": v for k, v in gan.model_dump(mode="json").items()}
         if path:
             self.identity["far_node"] = path.nodes[-1].sha256
-
-    def _check(self, settings: BacktrackSettings) -> None:
-        """Refuses what would only fail later. Raises UserError, ModelError."""
-        if settings.steps % settings.fake_updates:
-            raise UserError(
-                f"backtrack.steps={settings.steps} is not a multiple of backtrack.fake_updates={settings.fake_updates}: the "
-                "last generator update would lack fake-score updates"
-            )
-        if self.micro % settings.generator_split:
-            fits = ", ".join(str(n) for n in range(1, self.micro + 1) if self.micro % n == 0)
-            raise UserError(
-                f"backtrack.generator_split={settings.generator_split} does not divide the micro-batch of {self.micro} "
-                f"(batch {settings.batch} over {self.world.size} processes x {settings.accumulation} accumulation steps): "
-                f"use one of {fits}"
-            )
-        if self.run.settings.gan.enabled:
-            feature_module(empty_network(self.run.teacher_folder))
-        self.builder.check_lora(self.run.teacher_folder, self.run.start_folder)
 
     def _build_roles(self, path: DegradationPath | None) -> None:
         """Teacher, generator and fake score. With LoRA every role is an adapter on the weights that it would otherwise
@@ -177,10 +158,18 @@ class Backtracking(Stage):
         run, settings = self.run, self.settings
         far = path.folder(len(path.nodes) - 1) if path else run.teacher_folder
         log.info(f"fake score starts from {far}")
-        new = "new" if run.settings.lora.rank else None
-        moving = new if settings.path == "walk" else None
+        target_adapter = generator_adapter = fake_adapter = None
+        fake_folder = far
+        if run.settings.lora.rank:
+            target_adapter = "new" if settings.path == "walk" else None
+            generator_adapter, fake_adapter = "new", far if path else "new"
+            fake_folder = run.teacher_folder
+        with_head = None
+        if run.settings.gan.enabled:
+            shape = self.sampler.latent_shape
+            with_head = partial(Discriminator, latent_shape=shape, seed=run.settings.seed)
         self.teacher = self.add_role(
-            self.builder.build("teacher", run.teacher_folder, settings.teacher_ds_config, adapter=moving)
+            self.builder.build("teacher", run.teacher_folder, settings.teacher_ds_config, adapter=target_adapter)
         )
         self.generator = self.add_role(
             self.builder.build(
@@ -188,25 +177,20 @@ class Backtracking(Stage):
                 run.start_folder,
                 settings.generator_ds_config,
                 settings.generator,
-                settings.generator_split,
-                adapter=new,
+                split=settings.generator_split,
+                adapter=generator_adapter,
             )
         )
-        shape, seed = self.sampler.latent_shape, run.settings.seed
-        folder, adapter = (run.teacher_folder, far if path else new) if new else (far, None)
         self.fake_score = self.add_role(
             self.builder.build(
                 "fake_score",
-                folder,
+                fake_folder,
                 settings.fake_score_ds_config,
                 settings.fake_score,
-                wrap=partial(Discriminator, latent_shape=shape, seed=seed) if run.settings.gan.enabled else None,
-                adapter=adapter,
+                wrap=with_head,
+                adapter=fake_adapter,
             )
         )
-
-    def _mean(self, value: Tensor) -> float:
-        return float(mean_over_ranks(value, self.world))
 
     @property
     def read_every(self) -> int:
@@ -221,28 +205,38 @@ class Backtracking(Stage):
 
     def announces(self, step: int) -> bool:
         """The first step and every target switch of a walk."""
-        turn, rest = divmod(step, self.settings.fake_updates)
-        return rest == 0 and self.target.switches_at(turn)
+        generator_update, rest = divmod(step, self.settings.fake_updates)
+        return rest == 0 and self.target.switches_at(generator_update)
 
-    def values(self, step: int) -> dict:
-        return {"target_node": self.target.node}
+    def host_values(self, step: int) -> dict:
+        return super().host_values(step) | {"target_node": self.target.node}
 
     def preview(self) -> Tensor:
         with self.average.applied():
-            return preview_grid(
-                self.run,
-                self.dataset,
-                self.sampler,
-                self.micro,
-                partial(self.sampler.generator_images, self.generator, timesteps=self.student.timesteps),
-            )
+            return self.grid(partial(self.sampler.generator_images, self.generator, timesteps=self.student.timesteps))
 
     def snapshot(self) -> Snapshot | None:
-        return self.generator.snapshot(self.average.ema, self.run.dtype)
+        return self.average.snapshot(self.run.dtype)
 
     def close(self) -> None:
         super().close()
         self.target.close()
+
+
+def check(run: Run) -> None:
+    """Refuses what would fail later, before anything is loaded. Raises UserError, ModelError."""
+    settings = run.settings.backtrack
+    micro = micro_batch(settings.batch, settings.accumulation, run.world.size, "backtrack")
+    if micro % settings.generator_split:
+        fits = ", ".join(str(n) for n in range(1, micro + 1) if micro % n == 0)
+        raise UserError(
+            f"backtrack.generator_split={settings.generator_split} does not divide the micro-batch of {micro} (batch "
+            f"{settings.batch} over {run.world.size} processes x {settings.accumulation} accumulation steps): use one of "
+            f"{fits}"
+        )
+    if run.settings.gan.enabled:
+        feature_module(empty_network(run.teacher_folder))
+    run.check_lora(run.teacher_folder, run.start_folder)
 
 
 def backtrack(run: Run) -> None:

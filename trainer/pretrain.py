@@ -11,7 +11,6 @@ from models.denoise import denoising_loss
 from models.families import family_of
 from models.miniature import build_miniature
 from models.pipeline import replace_folder
-from models.profile import pass_flops
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier
@@ -19,15 +18,14 @@ from trainer.engine.save_weights import Snapshot
 from trainer.entry import exit_with, run_verb
 from trainer.planner.flops import pretrain_flops
 from trainer.training.autoencoder import train_autoencoder
-from trainer.training.average import WeightAverage
 from trainer.training.inputs import batch_latents
 from trainer.training.loop import train
-from trainer.training.preview import preview_grid
 from trainer.training.run import Run
-from trainer.training.stage import Stage
+from trainer.training.run_state import WeightAverage
+from trainer.training.stage import DenoiserStage
 
 
-class Pretraining(Stage):
+class Pretraining(DenoiserStage):
     """Denoising score matching on shards, with caption dropout and a weight average."""
 
     def update(self, step: int) -> None:
@@ -51,23 +49,20 @@ class Pretraining(Stage):
         folder = start / self.sampler.text.family.part
         self.teacher = self.add_role(self.builder.build("teacher", folder, settings.ds_config, settings.optimizer))
         self.average = WeightAverage(self.teacher, settings.ema)
-        self.parts = {"ema": self.average}
-        cost = pass_flops(self.teacher.config, self.sampler.latent_shape, self.sampler.text.tokens)
-        self.flops = pretrain_flops(run.settings, cost) * self.micro * settings.accumulation
+        self.parts["ema"] = self.average
+        self.count_flops(pretrain_flops, self.teacher, lora=False)
 
     def preview(self) -> Tensor:
         steps, scale = self.run.settings.sample.steps, self.run.settings.sample.guidance_scale
         with self.average.applied():
-            return preview_grid(
-                self.run,
-                self.dataset,
-                self.sampler,
-                self.micro,
-                lambda captions, noise: self.sampler.diffusion_images(self.teacher, captions, noise.draw(), steps, scale),
+            return self.grid(
+                lambda captions, noise: self.sampler.diffusion_images(
+                    self.teacher, captions, noise.draw(), steps, scale
+                )
             )
 
     def snapshot(self) -> Snapshot | None:
-        return self.teacher.snapshot(self.average.ema, self.run.dtype)
+        return self.average.snapshot(self.run.dtype)
 
 
 def _start(run: Run, folder: Path) -> Path:
@@ -96,7 +91,8 @@ def pretrain(run: Run) -> None:
     """Trains the teacher and writes `pipeline/`. Does nothing if it exists."""
     out = run.folder / "pipeline"
     if (out / "model_index.json").exists():
-        print(f"{out} exists: nothing to do (name another run folder to train another teacher)")
+        if run.world.main:
+            print(f"{out} exists: nothing to do (name another run folder to train another teacher)")
         return
     start = _start(run, run.stage_folder("pretrain"))
     folder = run.stage_folder("pretrain")  # the autoencoder's training logged to its own folder

@@ -9,21 +9,18 @@ from torch import Tensor
 from data.loader import collate
 from models.denoise import denoising_loss
 from models.multistep import Student
-from models.profile import pass_flops
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier
 from trainer.entry import exit_with, run_verb
 from trainer.path.candidates import Candidates, Probe
 from trainer.path.manifest import MANIFEST, Node, generator_hash, write_manifest
 from trainer.planner.flops import record_flops
-from trainer.training.inputs import text_conditioning
 from trainer.training.loop import train
-from trainer.training.preview import preview_grid
 from trainer.training.run import Run
-from trainer.training.stage import Stage
+from trainer.training.stage import DenoiserStage
 
 
-class Recording(Stage):
+class Recording(DenoiserStage):
     """Fine-tunes a copy of the teacher on samples of the untrained generator, and saves candidates for nodes."""
 
     def update(self, step: int) -> None:
@@ -41,23 +38,22 @@ class Recording(Stage):
         self.candidates.consider(self.fake_score, step + 1)
 
     def __init__(self, run: Run):
-        settings, s = run.settings.record, run.settings
+        run_settings, settings = run.settings, run.settings.record
+        run.check_lora(run.teacher_folder)
         super().__init__("record", run, settings, images=False, pipeline=run.pipeline_folder)
-        self.builder.check_lora(run.teacher_folder)
-        self.student = Student(self.schedule, s.student_timesteps)
+        self.student = Student(self.schedule, run_settings.student_timesteps)
         self.generator = self.add_role(self.builder.build("generator", run.start_folder, settings.teacher_ds_config))
-        adapter = "new" if s.lora.rank else None
+        adapter = "new" if run_settings.lora.rank else None
         self.fake_score = self.add_role(
             self.builder.build(
                 "fake_score", run.teacher_folder, settings.ds_config, settings.optimizer, adapter=adapter
             )
         )
-        self.candidates = Candidates(s.path_folder / "candidates", settings, self.steps, run.world)
-        self.parts = {"candidates": self.candidates}
-        cost = pass_flops(self.fake_score.config, self.sampler.latent_shape, self.sampler.text.tokens, lora=s.lora)
-        self.flops = record_flops(s, cost) * self.micro * settings.accumulation
-        start = generator_hash(self.builder.hash(run.start_folder), self.student.timesteps)
-        self.hashes = self.builder.hash(run.teacher_folder), start
+        self.candidates = Candidates(run_settings.path_folder / "candidates", settings, self.steps, run.world)
+        self.parts["candidates"] = self.candidates
+        self.count_flops(record_flops, self.fake_score)
+        start = generator_hash(run.weights_hash(run.start_folder), self.student.timesteps)
+        self.hashes = run.weights_hash(run.teacher_folder), start
         self.identity |= {"teacher": self.hashes[0], "generator": self.hashes[1]}
 
     def begin(self, step: int) -> None:
@@ -72,25 +68,21 @@ class Recording(Stage):
         for low in range(0, len(numbers), self.micro):
             draws = self.noise.at(0, numbers[low : low + self.micro])
             samples = collate([self.dataset[i % len(self.dataset)] for i in draws.index])
-            resolution = self.sampler.resolution
-            cond = text_conditioning(samples["captions"], samples["cached"], self.sampler, self.run.dtype, resolution)
+            text = samples["captions"], samples["cached"]
+            cond = self.sampler.text.encode_or_load(*text, self.sampler.resolution)
             x0 = self.student.every_step(self.generator, cond, draws, "probe z", shape)
             t = self.schedule.timesteps(draws.uniform("probe t"), 0.02, 0.98)
             parts.append((self.schedule.add_noise(x0, draws.normal("probe eps", shape), t), t, cond))
         return parts
 
-    def values(self, step: int) -> dict:
-        return {"distance": self.candidates.distance}
+    def host_values(self, step: int) -> dict:
+        return super().host_values(step) | {"distance": self.candidates.distance}
 
     def preview(self) -> Tensor:
-        """What the fake score has become: samples of it, at the teacher's settings."""
+        """Samples of the fine-tuned network, at the teacher's settings."""
         steps = self.run.settings.sample.steps
-        return preview_grid(
-            self.run,
-            self.dataset,
-            self.sampler,
-            self.micro,
-            lambda captions, noise: self.sampler.diffusion_images(self.fake_score, captions, noise.draw(), steps, 1.0),
+        return self.grid(
+            lambda captions, noise: self.sampler.diffusion_images(self.fake_score, captions, noise.draw(), steps, 1.0)
         )
 
     @property
@@ -124,7 +116,8 @@ def record(run: Run) -> None:
     run.require_pipeline()
     root = run.settings.path_folder
     if (root / MANIFEST).exists():
-        print(f"{root / MANIFEST} exists: nothing to do (set another `path` or `run` to record again)")
+        if run.world.main:
+            print(f"{root / MANIFEST} exists: nothing to do (set another `path` or `run` to record again)")
         return
     folder = run.stage_folder("record")
     stage = Recording(run)

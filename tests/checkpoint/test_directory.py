@@ -76,7 +76,7 @@ def test_damage_names_the_way_back(checkpoints):
     assert "there is no older intact one" in checkpoints.examine("step-00000002")[1]
     file = checkpoints.place(2) / ABOUT
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
-    assert "has format 1; this version reads format 2" in checkpoints.examine("step-00000002")[1]
+    assert "has format 1; this version reads format 3" in checkpoints.examine("step-00000002")[1]
     file.write_text("{")
     assert "is damaged" in checkpoints.examine("step-00000002")[1]
 

@@ -218,5 +218,5 @@ def test_pieces_are_cut_anew_whoever_held_them():
 def test_meters_keep_the_mean_over_steps():
     """Two ranks, two micro-steps a step; then one rank, one micro-step: three steps' mean, each counting alike."""
     states = [{"sums": {"loss": 6.0}, "counts": {"loss": 4}}, {"sums": {"loss": 10.0}, "counts": {"loss": 4}}]
-    merged = Meters.regrouped(states, BatchSplit(2, 2, 2), BatchSplit(1, 8, 1))
+    merged = Meters(BatchSplit(1, 8, 1)).regroup(states, BatchSplit(2, 2, 2))
     assert (merged["sums"]["loss"] + 5.0) / (merged["counts"]["loss"] + 1) == pytest.approx((2.0 + 2.0 + 5.0) / 3)

@@ -39,8 +39,10 @@ def run(tmp_path) -> Path:
     (folder / "record").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"path": "", "record": {"steps": 8, "loop": {"log_every": 2}}}))
     (folder / "record" / "log.txt").write_bytes(b"\0 WARNING \xff\nresumed from\nstopped by a signal")
-    Progress(folder / "record", "record", 8, 2, True, None).line(2, LINE)
-    Progress(folder / "record", "record", 8, 2, True, 2).line(4, LINE)
+    for resumed_at, step in ((None, 2), (2, 4)):
+        trainer = Progress(folder / "record", "record", 8, 2, True)
+        trainer.begin(resumed_at)
+        trainer.line(step, LINE)
     (folder / "record" / "LATEST").write_text("step-00000004\n")
     return folder
 
@@ -72,7 +74,8 @@ def test_a_run_in_the_middle(run):
 def test_the_end_of_a_run(run):
     """Stopped or failed is what the trainer said last, unless the log shows a new start; finished needs the result."""
     folder = run / "record"
-    trainer = Progress(folder, "record", 8, 2, True, 4)
+    trainer = Progress(folder, "record", 8, 2, True)
+    trainer.begin(4)
     trainer.line(4, {}, ["step 4: it is slow"])
     trainer.end("stopped")
     age(folder, 7200)

@@ -17,7 +17,7 @@ from models.objectives import Scores, dmd, vsd
 from trainer.config.schema import OptimizerSettings, WalkSettings
 from trainer.engine.optimizer import learning_rate
 from trainer.path.manifest import choose_nodes
-from trainer.path.target import fixed_switches, moves_on, target
+from trainer.path.target import fixed_switches, moves_on, target_node
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -222,15 +222,15 @@ def test_ema():
 def test_walk_starts_at_the_last_but_one_node_visits_all_and_stays_at_the_teacher():
     nodes, interval = 5, 3  # node 0, the teacher, to node 4
     switches = fixed_switches(nodes, interval)
-    walk = [target(update, nodes, switches) for update in range(30)]
+    walk = [target_node(update, nodes, switches) for update in range(30)]
     assert walk == [3] * 3 + [2] * 3 + [1] * 3 + [0] * 21
-    assert [target(update, 2, fixed_switches(2, 3)) for update in range(5)] == [0] * 5
+    assert [target_node(update, 2, fixed_switches(2, 3)) for update in range(5)] == [0] * 5
 
 
 def test_walk_of_recorded_decisions():
-    assert [target(u, 4, []) for u in (0, 100)] == [2, 2]
-    assert [target(u, 4, [7]) for u in (6, 7, 100)] == [2, 1, 1]
-    assert [target(u, 4, [7, 9]) for u in (8, 9, 100)] == [1, 0, 0]
+    assert [target_node(u, 4, []) for u in (0, 100)] == [2, 2]
+    assert [target_node(u, 4, [7]) for u in (6, 7, 100)] == [2, 1, 1]
+    assert [target_node(u, 4, [7, 9]) for u in (8, 9, 100)] == [1, 0, 0]
     settings = WalkSettings(mode="adaptive", interval=10, share=0.5, most=40)
     assert not moves_on(settings, 9, 0, 1.0, 0.1)  # too early
     assert moves_on(settings, 10, 0, 1.0, 0.4)

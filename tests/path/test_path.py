@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from models.pipeline import empty_network, load_network, weights_hash
 from trainer.backtrack import Backtracking
-from trainer.checkpoint.directory import step_name
 from trainer.config.deepspeed import deepspeed_config
 from trainer.engine.role import Role
 from trainer.errors import UserError

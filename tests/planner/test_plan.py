@@ -77,7 +77,7 @@ def test_flop_are_twice_the_multiply_accumulates():
 )
 def test_state_of_sdxl_on_many_gpus(sdxl, stage, row):
     zero, teacher = (
-        Zero.of(json.loads((support.REPOSITORY / "ds_configs" / f"{n}.json").read_text()))
+        Zero(**json.loads((support.REPOSITORY / "ds_configs" / f"{n}.json").read_text())["zero_optimization"])
         for n in (f"zero{stage}", "teacher")
     )
     for ranks, expected in zip((1, 8, 16, 64), row, strict=True):
@@ -109,7 +109,7 @@ def test_a_real_engine_holds_what_is_planned(small, world, tmp_path, stage, prec
     file.write_text(json.dumps({"zero_optimization": zero}))
     planned = small[1][BF16 if precision == "bf16" else FP32]
     width = 2 if precision == "bf16" else 4
-    expected = PlannedRole(planned, Zero.of({"zero_optimization": zero}), 1, width, trained=True)
+    expected = PlannedRole(planned, Zero(**zero), 1, width, trained=True)
     before = census()
     unet = UNet2DConditionModel.from_config(small[0].config)
     config = deepspeed_config(str(file), 2, 1, 1.0, precision, world.size)

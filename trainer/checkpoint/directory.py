@@ -15,7 +15,7 @@ from trainer.config.schema import LoopSettings
 from trainer.distributed.logs import log
 from trainer.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS = "weights"  # inside a checkpoint: the weights for evaluation, as a plain denoiser folder or a LoRA folder
 ABOUT = "state.json"  # inside a checkpoint: step, split, file sizes; a folder without it is not a complete checkpoint
 

@@ -52,7 +52,10 @@ def _explain(error: dict) -> str:
         # Perhaps it is a known key of another section.
         near = difflib.get_close_matches(where, _all_keys(RunSettings), 1, cutoff=0.0)
         return f"unknown key '{where}': the nearest known key is '{near[0]}'"
-    return f"key '{where}': {error['msg']}, got {error['input']!r}"
+    problem = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict):  # of a whole section: the message names the keys
+        return f"section '{where}': {problem}"
+    return f"key '{where}': {problem}, got {error['input']!r}"
 
 
 def read_values(file: Path, overrides: list[str]) -> dict:

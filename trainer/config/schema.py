@@ -6,7 +6,7 @@ Every field has one line of documentation under it; docs/configuration.md is mad
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.settings import DataSettings
 from models.settings import GanSettings, LoraSettings, MiniatureSettings
@@ -146,9 +146,10 @@ class WalkSettings(Settings):
     interval: int = Field(1000, ge=1)
     """generator updates per node; for an adaptive walk the fewest"""
     share: float = Field(0.7, gt=0, lt=1)
-    """an adaptive walk moves on when the mismatch is below this share of its value at the last switch"""
+    """an adaptive walk, which looks every `interval` updates, moves on when the mean mismatch has fallen below this share of
+    that of the first interval on the node"""
     most: int = Field(2000, ge=1)
-    """an adaptive walk moves on after this many updates at the latest"""
+    """an adaptive walk moves on when it looks after this many updates in any case"""
 
 
 class BacktrackSettings(TrainSettings):
@@ -198,6 +199,15 @@ class BacktrackSettings(TrainSettings):
         if any(t < 1 for t in value) or value != sorted(set(value), reverse=True):
             raise ValueError(f"{value} must fall from step to step and stay above 0")
         return value
+
+    @model_validator(mode="after")
+    def _whole_updates(self) -> "BacktrackSettings":
+        if self.steps % self.fake_updates:
+            raise ValueError(
+                f"steps={self.steps} is not a multiple of fake_updates={self.fake_updates}: the last generator update would "
+                "lack fake-score updates"
+            )
+        return self
 
 
 class SampleSettings(Settings):

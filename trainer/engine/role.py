@@ -20,7 +20,7 @@ from trainer.engine.save_weights import Snapshot
 from trainer.engine.weights import Weights, load_folder
 from trainer.errors import UserError
 
-PROBE = 1 << 16  # weights per role that `update_ratio` looks at
+WATCHED = 1 << 16  # weights per role that `update_ratio` looks at
 
 
 class Role:
@@ -79,7 +79,7 @@ class Role:
         self.adam = GuardedAdamW(list(own.values()), optimizer, world) if optimizer else None
         self.engine = initialize(module, self.adam, config)
         self.weights = Weights(own if self.adapter else self.module, world, variant)
-        self._probe: Tensor | None = self._some_weights()
+        self._weights_at_line = self._some_weights() if self.trained else None
         if folder is not None and self.trained and not self.adapter and dtype != torch.float32:
             masters = Weights(network, world, variant).load_masters(folder, self.engine)
         if folder is not None:
@@ -120,27 +120,27 @@ class Role:
     def _some_weights(self) -> Tensor:
         """The first weights of this rank's largest slice: a float32 copy."""
         largest = max(self.local(), key=lambda t: t.numel())
-        return largest.reshape(-1)[:PROBE].float().clone()
+        return largest.reshape(-1)[:WATCHED].float().clone()
 
     def update_ratio(self) -> Tensor:
         """|change| / |weights| since the last call, of some of this rank's weights: a scalar on the device. NaN at the first
         call after resharding, when there is nothing to compare with."""
         now = self._some_weights()
-        if self._probe is None:
+        if self._weights_at_line is None:
             ratio = torch.tensor(torch.nan, device=now.device)
         else:
-            ratio = (now - self._probe).norm() / now.norm().clamp_min(1e-12)
-        self._probe = now
+            ratio = (now - self._weights_at_line).norm() / now.norm().clamp_min(1e-12)
+        self._weights_at_line = now
         return ratio
 
     def watch_state(self) -> dict:
         """For checkpoints: what the metrics of a resumed run need. Waits for the device."""
         norm = None if self.last_norm is None else float(self.last_norm)
-        return {"skipped": self.adam.skipped, "probe": self._probe, "norm": norm}
+        return {"skipped": self.adam.skipped, "weights": self._weights_at_line, "norm": norm}
 
     def load_watch_state(self, state: dict) -> None:
         self.adam.skipped.copy_(state["skipped"])
-        self._probe = None if state["probe"] is None else self._probe.copy_(state["probe"])
+        self._weights_at_line = None if state["weights"] is None else self._weights_at_line.copy_(state["weights"])
         self.last_norm = state["norm"]
 
     def local(self) -> list[Tensor]:

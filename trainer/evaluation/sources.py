@@ -58,7 +58,9 @@ class OpenSource:
         if self.source.timesteps is not None:
             return self.sampler.generator_images(self.network, captions, noise, self.source.timesteps)
         settings = self.run.settings.sample
-        return self.sampler.diffusion_images(self.network, captions, noise.draw(), settings.steps, settings.guidance_scale)
+        return self.sampler.diffusion_images(
+            self.network, captions, noise.draw(), settings.steps, settings.guidance_scale
+        )
 
 
 def find_source(run: Run, what: str) -> Source:

@@ -1,8 +1,9 @@
-"""Candidates for nodes: saved while the path is recorded; the best spread ones become the nodes."""
+"""Candidates for nodes: saved while the path is recorded; the most evenly spread ones become the nodes."""
 
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,20 +15,13 @@ from models.denoise import predict
 from models.pipeline import weight_files
 from trainer.checkpoint.directory import by_step, step_name
 from trainer.config.schema import RecordSettings
-from trainer.distributed.world import World, sum_over_ranks
+from trainer.distributed.world import World, first_problem, sum_over_ranks
 from trainer.engine.role import Role
 from trainer.engine.save_weights import ABOUT, FolderWriter
 from trainer.errors import UserError
 from trainer.path.manifest import Node, choose_nodes
 
 Probe = list[tuple[Tensor, Tensor, Conditioning]]  # micro-batches of x_t, t and conditioning
-
-
-def probe_rows(probe: int, world: World) -> list[int]:
-    """This rank's numbers of the `probe` samples. Every rank has equally many, since a forward pass is collective under
-    ZeRO-3; numbers from `probe` on repeat the first samples and are not counted."""
-    count = -(-probe // world.size)
-    return list(range(world.rank * count, (world.rank + 1) * count))
 
 
 class Candidates:
@@ -39,7 +33,10 @@ class Candidates:
 
     def __init__(self, folder: Path, settings: RecordSettings, steps: int, world: World):
         self.folder, self.settings, self.last_step, self.world = folder, settings, steps, world
-        self.rows = probe_rows(settings.probe, world)
+        # This rank's probe samples. A forward pass is collective under ZeRO-3, so every rank has the same number of them;
+        # numbers from `probe` on repeat the first samples and are not counted.
+        count = -(-settings.probe // world.size)
+        self.rows = list(range(world.rank * count, (world.rank + 1) * count))
         self.writer = FolderWriter(world)
         self.steps: list[int] = []
         self.distances: list[float] = []  # to the teacher
@@ -53,15 +50,21 @@ class Candidates:
         self.probe = probe
         if self.teacher is None:
             self.teacher = self._predict(network)
-        if self.world.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        problem = None
+        try:
+            if self.world.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"{self.folder}: cannot be created: {error.strerror}: set another `path`"
+        if problem := first_problem(problem, self.world):
+            raise UserError(problem)
 
     @torch.no_grad()
     def _predict(self, network: Role) -> Tensor:
         return torch.cat([predict(network, *part) for part in self.probe])
 
-    def between(self, one: Tensor, other: Tensor) -> float:
-        """Score distance: the mean squared difference of two networks' predictions over the whole probe."""
+    def score_distance(self, one: Tensor, other: Tensor) -> float:
+        """The mean squared difference of two networks' predictions over the whole probe."""
         count = sum(i < self.settings.probe for i in self.rows)
         one, other = one[:count].to(self.world.device), other[:count].to(self.world.device)
         squares = (one - other).square().sum(dtype=torch.float64)
@@ -73,7 +76,7 @@ class Candidates:
         if not self._due(step, last):
             return
         prediction = self._predict(network)
-        self.distance = self.between(prediction, self.teacher)
+        self.distance = self.score_distance(prediction, self.teacher)
         grown = self.distance - (self.distances[-1] if self.distances else 0.0)
         if self.settings.spacing == "distance" and not last and grown <= self.distance / (2 * self.settings.nodes):
             return
@@ -105,7 +108,7 @@ class Candidates:
         """Deletes the candidates that no checkpoint needs any more. Rank 0 only."""
         for folder in by_step(self.folder).values():
             if folder.name not in needed:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # the next save tries again
 
     def state_dict(self) -> dict:
         self.writer.join()  # a checkpoint only names candidates that are on the disk
@@ -135,16 +138,19 @@ class Candidates:
 
     def become_nodes(self, teacher: Path, teacher_hash: str) -> list[Node]:
         """Renames the chosen candidates to the nodes' folders; returns the nodes, node 0 (the teacher) included, on rank
-        0. Every rank must call it."""
-        root = self.folder.parent
-        nodes = [Node(0, 0, os.path.relpath(teacher, root), teacher_hash, 0, 0.0, 0.0)]
-        before = self.teacher
-        for index, i in enumerate(choose_nodes(self.distances, self.settings.nodes), 1):
-            gap = self.between(self.predictions[i], before)
-            before = self.predictions[i]
-            if self.world.main:
+        0. Every rank must call it. Raises UserError on all ranks."""
+        root, chosen = self.folder.parent, choose_nodes(self.distances, self.settings.nodes)
+        predictions = [self.teacher, *(self.predictions[i] for i in chosen)]
+        gaps = [self.score_distance(one, other) for one, other in pairwise(predictions)]
+        nodes, problem = [Node(0, 0, os.path.relpath(teacher, root), teacher_hash, 0, 0.0, 0.0)], None
+        try:
+            for index, (i, gap) in enumerate(zip(chosen, gaps, strict=True) if self.world.main else (), 1):
                 file = _move(self.folder / step_name(self.steps[i]), root / f"node-{index:04d}")
                 nodes.append(Node(index, self.steps[i], *file, self.distances[i], gap))
+        except (UserError, OSError) as error:
+            problem = str(error)
+        if problem := first_problem(problem, self.world):
+            raise UserError(problem)
         return nodes
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """Which node of the path is the target, and loading it into the teacher's engine in place, read ahead by a thread."""
 
 from bisect import bisect_right
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from data.sampling_order import BatchSplit
 from models.errors import ModelError
 from trainer.config.schema import WalkSettings
 from trainer.distributed.logs import log
-from trainer.distributed.world import first_problem
+from trainer.distributed.world import first_problem, mean_over_ranks
 from trainer.engine.role import Role
 from trainer.engine.weights import Weights
 from trainer.errors import UserError
@@ -24,7 +23,7 @@ def fixed_switches(nodes: int, interval: int) -> list[int]:
     return [interval * k for k in range(1, nodes - 1)]
 
 
-def target(update: int, nodes: int, switches: list[int]) -> int:
+def target_node(update: int, nodes: int, switches: list[int]) -> int:
     """The index of the target node at a generator update (from 0): a pure function of the switches.
 
     It starts at node N-1 = nodes - 2 (the fake score starts from node N), moves one node nearer to the teacher at each
@@ -81,6 +80,16 @@ class ReadAhead:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    def release(self) -> None:
+        """Frees the buffer, after the last folder."""
+
+        def free() -> None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._buffers = None
+
+        self._thread.submit(free)
+
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
@@ -88,26 +97,24 @@ class ReadAhead:
 class Target:
     """The target node: what the teacher's engine holds, and the walk's recorded decisions (part of the run state).
 
-    path: None keeps the teacher as the target. mean: the mean of a scalar over all ranks.
+    path: None keeps the teacher as the target.
     """
 
-    def __init__(
-        self, teacher: Role, path: DegradationPath | None, settings: WalkSettings, mean: Callable[[Tensor], float]
-    ):
-        self.teacher, self.path, self.settings, self.mean = teacher, path, settings, mean
+    def __init__(self, teacher: Role, path: DegradationPath | None, settings: WalkSettings):
+        self.teacher, self.path, self.settings = teacher, path, settings
         self.nodes = len(path.nodes) if path else 0
         fixed = path is not None and settings.mode == "fixed"
         self.switches = fixed_switches(self.nodes, settings.interval) if fixed else []
         self.node = 0  # the engine starts as the teacher
         # Adaptive walk: mismatch of the first interval on this node, and the running sum of the present interval.
-        self.first: float | None = None
-        self.sum: Tensor | float = 0.0
-        self.count = 0
+        self.first_mismatch: float | None = None
+        self.mismatch_sum: Tensor | float = 0.0
+        self.mismatches = 0
         self._reader = ReadAhead(teacher.weights, teacher.world.device)
 
     def wanted(self, update: int) -> int:
         """The node that is the target at a generator update."""
-        return target(update, self.nodes, self.switches) if self.path else 0
+        return target_node(update, self.nodes, self.switches) if self.path else 0
 
     def switches_at(self, update: int) -> bool:
         """Whether a walk starts or moves on at a generator update."""
@@ -135,6 +142,8 @@ class Target:
         )
         if node > 0:
             self._reader.begin(self._folder(node - 1))
+        else:
+            self._reader.release()
 
     def _folder(self, node: int) -> Path | None:
         """The folder to read for a node. None for the node 0 of LoRA nodes: an adapter of zeros is the teacher itself."""
@@ -144,24 +153,29 @@ class Target:
         """Adaptive walk: adds the mismatch of this update and decides once per interval, which reads the device."""
         if self.path is None or self.settings.mode == "fixed" or self.node == 0:
             return
-        self.sum, self.count = self.sum + mismatch.detach().double(), self.count + 1
-        if self.count < self.settings.interval:
+        self.mismatch_sum, self.mismatches = self.mismatch_sum + mismatch.detach().double(), self.mismatches + 1
+        if self.mismatches < self.settings.interval:
             return
-        value = self.mean(self.sum / self.count)
-        self.sum, self.count = 0.0, 0
-        if self.first is None:
-            self.first = value
+        value = float(mean_over_ranks(self.mismatch_sum / self.mismatches, self.teacher.world))
+        self.mismatch_sum, self.mismatches = 0.0, 0
+        if self.first_mismatch is None:
+            self.first_mismatch = value
         last = self.switches[-1] if self.switches else 0
-        if moves_on(self.settings, update + 1, last, self.first, value):
+        if moves_on(self.settings, update + 1, last, self.first_mismatch, value):
             self.switches.append(update + 1)
-            self.first = None
+            self.first_mismatch = None
 
     def state_dict(self) -> dict:
-        return {"switches": self.switches, "first": self.first, "sum": self.sum, "count": self.count}
+        return {
+            "switches": self.switches,
+            "first": self.first_mismatch,
+            "sum": self.mismatch_sum,
+            "count": self.mismatches,
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.switches, self.first = list(state["switches"]), state["first"]
-        self.sum, self.count = state["sum"], state["count"]
+        self.switches, self.first_mismatch = list(state["switches"]), state["first"]
+        self.mismatch_sum, self.mismatches = state["sum"], state["count"]
 
     def regroup(self, states: list[dict], saved: BatchSplit) -> dict:
         """States of all ranks differ only in the running sum of a rank's own mismatches, whose mean decides."""

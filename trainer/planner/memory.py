@@ -5,45 +5,33 @@ What each stage keeps was read in DeepSpeed 0.19, and the tests compare it with 
 
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+
 from models.profile import NetworkMemory
 
 MASTER, MOMENTS = 4, 8  # bytes per element: float32 weights, and Adam's two float32 moments
 
 
-@dataclass(frozen=True)
-class Zero:
-    """The keys of a DeepSpeed JSON that decide about memory; defaults are DeepSpeed's."""
+class Zero(BaseModel):
+    """The part of `zero_optimization` in a DeepSpeed JSON that decides about memory; defaults are DeepSpeed's."""
 
-    stage: int
-    reduce_bucket: int
-    double_buffer: bool
-    contiguous: bool
-    prefetch: int
-    persistence: int
-    max_live: int
-    offload_optimizer: bool
-    offload_parameters: bool
+    stage: int = 0
+    reduce_bucket_size: int = 500_000_000
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool = True
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    stage3_max_live_parameters: int = 1_000_000_000
+    offload_optimizer: dict | None = None
+    offload_param: dict | None = None
 
-    @classmethod
-    def of(cls, config: dict) -> "Zero":
-        """From a DeepSpeed configuration, whose numbers may be written as 2e8."""
-        z = config.get("zero_optimization", {})
-        stage = z.get("stage", 0)
+    @property
+    def offloads_optimizer(self) -> bool:
+        return (self.offload_optimizer or {}).get("device", "none") != "none"
 
-        def offloaded(key: str) -> bool:
-            return (z.get(key) or {}).get("device", "none") != "none"
-
-        return cls(
-            stage=stage,
-            reduce_bucket=int(z.get("reduce_bucket_size", 5e8)),
-            double_buffer=z.get("overlap_comm", stage == 3) and stage < 3,
-            contiguous=z.get("contiguous_gradients", True),
-            prefetch=int(z.get("stage3_prefetch_bucket_size", 5e7)),
-            persistence=int(z.get("stage3_param_persistence_threshold", 1e5)),
-            max_live=int(z.get("stage3_max_live_parameters", 1e9)),
-            offload_optimizer=offloaded("offload_optimizer"),
-            offload_parameters=offloaded("offload_param") and stage == 3,
-        )
+    @property
+    def offloads_parameters(self) -> bool:
+        return self.stage == 3 and (self.offload_param or {}).get("device", "none") != "none"
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class PlannedRole:
 
     @property
     def parameters(self) -> float:
-        return 0 if self.zero.offload_parameters else self._weights
+        return 0 if self.zero.offloads_parameters else self._weights
 
     @property
     def gradients(self) -> float:
@@ -86,9 +74,10 @@ class PlannedRole:
     @property
     def buckets(self) -> float:
         """While the role computes: gradients on their way to other ranks."""
-        if not self.trained or not self.zero.stage or not (self.zero.contiguous or self.zero.stage == 3):
+        if not self.trained or not self.zero.stage or not (self.zero.contiguous_gradients or self.zero.stage == 3):
             return 0
-        return self.zero.reduce_bucket * self.width * (2 if self.zero.double_buffer else 1)
+        buffers = 2 if self.zero.overlap_comm and self.zero.stage < 3 else 1
+        return buffers * self.zero.reduce_bucket_size * self.width
 
     @property
     def gathered(self) -> float:
@@ -96,13 +85,14 @@ class PlannedRole:
         if self.zero.stage < 3 or self.ranks == 1:
             return 0
         sizes = self.network.trainable + self.network.frozen
-        small = sum(n for n in sizes if n <= self.zero.persistence)
-        return self.width * (small + min(sum(sizes) - small, self.zero.max_live + self.zero.prefetch))
+        small = sum(n for n in sizes if n <= self.zero.stage3_param_persistence_threshold)
+        most = self.zero.stage3_max_live_parameters + self.zero.stage3_prefetch_bucket_size
+        return self.width * (small + min(sum(sizes) - small, most))
 
     @property
     def host(self) -> float:
         """Host memory: offloaded weights; offloaded masters, moments, float32 gradients and a buffer for new weights."""
-        weights = self._weights if self.zero.offload_parameters else 0
+        weights = self._weights if self.zero.offloads_parameters else 0
         return weights + ((self._optimizer_width + 4 + self.width) * self._owned if self._offloads else 0)
 
     @property
@@ -174,7 +164,7 @@ class PlannedRole:
 
     @property
     def _offloads(self) -> bool:
-        return self.trained and self.zero.offload_optimizer
+        return self.trained and self.zero.offloads_optimizer
 
     @property
     def _ring(self) -> float:

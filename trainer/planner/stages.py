@@ -1,12 +1,13 @@
 """Memory, traffic and FLOP of recording and backtracking on given GPUs."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 
 from models.architecture import Architecture
-from models.profile import NetworkMemory, PassFlops, network_memory, pass_flops, with_head
+from models.profile import NetworkMemory, PassFlops, head_parameters, network_memory, pass_flops
 from models.settings import LoraSettings
 from trainer.config.deepspeed import deepspeed_config, micro_batch
 from trainer.config.schema import RunSettings
@@ -36,11 +37,16 @@ def network_flops(settings: RunSettings, architecture: Architecture) -> PassFlop
     return pass_flops(architecture.denoiser, shape, architecture.tokens, settings.gan.enabled, settings.lora)
 
 
-class StagePlan(ABC):
-    """One stage on one of `ranks` GPUs. Raises UserError for a batch that does not divide, ModelError for a network that
-    the GAN head cannot read."""
+class StagePlan:
+    """One stage on one of `ranks` GPUs; sizes in bytes. Raises UserError for a batch that does not divide, ModelError for a
+    network that the GAN head cannot read."""
 
     name: str
+    roles: dict[str, PlannedRole]
+    activations: dict[str, float]  # by the pass that needs them
+    moments: dict[str, float]  # in use at each moment of a step that may be the peak
+    traffic: float  # sent per average step
+    checkpoint: float  # on disk
     sample_flops: Callable[[RunSettings, PassFlops, bool], float]  # per sample of an average step
 
     def __init__(self, settings: RunSettings, architecture: Architecture, ranks: int):
@@ -56,30 +62,6 @@ class StagePlan(ABC):
             "VAE (float32)": 4 * architecture.vae_parameters,
             "CUDA, NCCL (assumed)": RUNTIME,
         }
-        self.roles = self._roles()
-
-    @abstractmethod
-    def _roles(self) -> dict[str, PlannedRole]: ...
-
-    @property
-    @abstractmethod
-    def activations(self) -> dict[str, float]:
-        """Bytes by the pass that needs them."""
-
-    @property
-    @abstractmethod
-    def moments(self) -> dict[str, float]:
-        """Bytes in use at each moment of a step that may be the peak."""
-
-    @property
-    @abstractmethod
-    def traffic(self) -> float:
-        """Bytes sent per average step."""
-
-    @property
-    @abstractmethod
-    def checkpoint(self) -> float:
-        """Bytes of a checkpoint on disk."""
 
     @property
     def flops(self) -> float:
@@ -105,7 +87,9 @@ class StagePlan(ABC):
     def _role(self, network: NetworkMemory, ds_config: str, trained: bool, averaged: bool = False) -> PlannedRole:
         precision = self.settings.precision
         config = deepspeed_config(ds_config, self.micro, self.options.accumulation, 0.0, precision, self.ranks)
-        return PlannedRole(network, Zero.of(config), self.ranks, self.width, trained, averaged)
+        return PlannedRole(
+            network, Zero(**config.get("zero_optimization", {})), self.ranks, self.width, trained, averaged
+        )
 
 
 class RecordPlan(StagePlan):
@@ -114,7 +98,8 @@ class RecordPlan(StagePlan):
     name = "record"
     sample_flops = staticmethod(record_flops)
 
-    def _roles(self) -> dict[str, PlannedRole]:
+    @cached_property
+    def roles(self) -> dict[str, PlannedRole]:
         return {
             "generator": self._role(self.frozen, self.options.teacher_ds_config, trained=False),
             "fake_score": self._role(self.trained, self.options.ds_config, trained=True),
@@ -154,11 +139,14 @@ class BacktrackPlan(StagePlan):
     name = "backtrack"
     sample_flops = staticmethod(backtrack_flops)
 
-    def _roles(self) -> dict[str, PlannedRole]:
+    @cached_property
+    def roles(self) -> dict[str, PlannedRole]:
         s, fake = self.options, self.trained
         if self.settings.gan.enabled:
             shape = self.architecture.latent_shape(self.settings.data.resolution)
-            fake = with_head(fake, self.architecture.denoiser, shape)
+            # The activations of the head are below a hundredth of the network's and left out.
+            head = head_parameters(self.architecture.denoiser, shape)
+            fake = replace(fake, trainable=fake.trainable + head)
         return {
             "teacher": self._role(self.frozen, s.teacher_ds_config, trained=False),
             "generator": self._role(self.trained, s.generator_ds_config, trained=True, averaged=True),

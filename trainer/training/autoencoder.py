@@ -33,7 +33,7 @@ class AutoencoderTraining(Stage):
 
     def __init__(self, run: Run, start: Path):
         settings = run.settings.pretrain.autoencoder
-        super().__init__("autoencoder", run, settings, images=True, pipeline=None, section="pretrain.autoencoder")
+        super().__init__("autoencoder", run, settings, ("image", "caption"), "pretrain.autoencoder")
         self.latent_shape = run.sampler(start).latent_shape
         # float32 always: it is small, and the teacher would inherit its errors.
         config = deepspeed_config("zero0", self.micro, settings.accumulation, settings.clip, "fp32", run.world.size)

@@ -49,7 +49,9 @@ def _snapshot(name: str, variant: str, key: str, offline: bool) -> Path:
                 repository, revision=revision or None, local_files_only=offline, **_patterns(variant)
             )
         )
-    except Exception as error:  # the hub's, the network's or the file system's: all mean that the model is not available
+    except (
+        Exception
+    ) as error:  # the hub's, the network's or the file system's: all mean that the model is not available
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{key}={name}: no such folder, and no such hub model in the cache or on the network "

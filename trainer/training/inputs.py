@@ -1,16 +1,14 @@
-"""What a stage reads from its shards: images and captions, or what was encoded ahead of time."""
+"""Inputs of a stage from its shards: images and captions, or latents and text states encoded ahead of time."""
 
 import hashlib
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data.encoded import encoding_of
 from data.loader import Batch
 from data.shard_index import load_index
 from data.shard_patterns import expand
-from models.conditioning import Conditioning
 from models.families import read_json
 from models.offload import offload_to_cpu
 from models.pipeline import text_encoders, weights_hash
@@ -32,15 +30,15 @@ def fingerprint(pipeline: Path, part: str, variant: str) -> str:
     return digest.hexdigest()
 
 
-def choose_inputs(run: Run, images: bool, pipeline: Path | None) -> tuple[str, ...]:
+def choose_inputs(run: Run, images: bool, pipeline: Path) -> tuple[str, ...]:
     """What a training stage reads from `data.train`: captions, images if it needs any, and instead of them latents and text
-    states if the shards hold those of this pipeline. pipeline: None for a stage that cannot use encoded samples.
+    states if the shards hold those of this pipeline.
 
     Raises UserError for shards that another autoencoder or text encoder encoded, or if data.cached=require finds something
     missing; DataError if the first shard cannot be read.
     """
     data, plain = run.settings.data, ("image", "caption") if images else ("caption",)
-    if data.cached == "off" or pipeline is None:
+    if data.cached == "off":
         return plain
     record = encoding_of(load_index(expand(data.train, "data.train")[0]))
     if record is None:
@@ -86,16 +84,3 @@ def batch_latents(batch: Batch, sampler: Sampler, eps: Tensor) -> Tensor:
         mean, std = (batch.cached[f"latent_{name}"].to(eps, non_blocking=True) for name in ("mean", "std"))
         return sampler.draw_latents(mean, std, eps)
     return sampler.encode(batch.images.to(eps.device, non_blocking=True), eps)
-
-
-def text_conditioning(
-    captions: list[str], cached: dict[str, Tensor], sampler: Sampler, dtype: torch.dtype, time_ids: Tensor | int
-) -> Conditioning:
-    """Conditioning of captions, from their cached text states if there are any; time_ids as in TextEncoder.encode."""
-    if "states" not in cached:
-        return sampler.text.encode(captions, time_ids)
-    device = sampler.text.device
-    states, pooled = (
-        v if v is None else v.to(device, dtype, non_blocking=True) for v in map(cached.get, ("states", "pooled"))
-    )
-    return sampler.text.conditioning(states, pooled, time_ids)

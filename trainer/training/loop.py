@@ -20,18 +20,23 @@ def train(stage: Stage, settings: LoopSettings, health: HealthSettings, folder: 
 
     Raises Stopped after saving if a signal asked for it, UserError if updates no longer succeed.
     """
-    loop = Loop(stage, settings, health, folder, world)
+    progress = Progress(folder, stage.name, stage.steps, settings.log_every, world.main)
     try:
-        loop.run()
-        loop.progress.end("finished")
+        loop = Loop(stage, settings, health, folder, world, progress)
+        try:
+            loop.run()
+        finally:
+            loop.metrics.close()
+        progress.end("finished", warnings=take_warnings())
     except Stopped as stop:
-        loop.progress.end("stopped", str(stop))
+        progress.end("stopped", str(stop), take_warnings())
         raise
-    except Exception as error:
-        loop.progress.end("failed", str(error))
+    except BaseException as error:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        progress.end("failed", text, take_warnings())
         raise
     finally:
-        loop.close()
+        stage.close()
     return loop.clock.seconds
 
 
@@ -57,10 +62,18 @@ class Stopwatch:
 
 
 class Loop:
-    """Steps, metrics lines, previews, checkpoints and stopping, for whatever stage. Resumes when it is made."""
+    """Steps, metrics lines, previews, checkpoints and stopping, for any stage. Its construction resumes the stage."""
 
-    def __init__(self, stage: Stage, settings: LoopSettings, health: HealthSettings, folder: Path, world: World):
-        self.stage, self.settings, self.world = stage, settings, world
+    def __init__(
+        self,
+        stage: Stage,
+        settings: LoopSettings,
+        health: HealthSettings,
+        folder: Path,
+        world: World,
+        progress: Progress,
+    ):
+        self.stage, self.settings, self.world, self.progress = stage, settings, world, progress
         self.checkpoints = Checkpoints(folder, world, stage.roles, stage.identity, stage.split, settings)
         self.health = Health(health, stage.split)
         self.first, seconds = 0, 0.0
@@ -72,8 +85,7 @@ class Loop:
         self.clock = Stopwatch(self.first, seconds)
         self.saving: float | None = None  # seconds of the saves since the last metrics line
         self.metrics = MetricsWriter(folder, world, stage.name, stage.steps, self.first, settings.tensorboard)
-        resumed_at = self.first if resumed else None
-        self.progress = Progress(folder, stage.name, stage.steps, settings.log_every, world.main, resumed_at)
+        progress.begin(self.first if resumed else None)
 
     def run(self) -> None:
         stage, settings = self.stage, self.settings
@@ -91,7 +103,7 @@ class Loop:
                 if steps_to_line == 0:
                     self.log_line(step)
                 elif stage.announces(step - 1):
-                    self.metrics.line(step, self.position(step) | stage.line(step - 1))
+                    self.metrics.line(step, self.position(step) | stage.host_values(step - 1))
                 if settings.sample_every and (last or step % settings.sample_every == 0):
                     self.preview(step)
                 stopping = stop.agreed() and not last
@@ -104,9 +116,9 @@ class Loop:
     def log_line(self, step: int) -> None:
         """A complete metrics line: the one place where the loop waits for the device. Then the health checks."""
         stage = self.stage
-        means = stage.meters.read(self.world)
-        pace = self.clock.lap(step)  # of finished work, since the means are read
-        line = self.position(step) | stage.line(step - 1) | stage.measured() | means | {"save_seconds": self.saving}
+        values = stage.host_values(step - 1) | stage.device_values()
+        pace = self.clock.lap(step)  # of finished work, since values of the device are known
+        line = self.position(step) | values | {"save_seconds": self.saving}
         line |= {"step_seconds": pace, "images_per_second": stage.batch / pace}
         line["tflops_per_gpu"] = stage.flops / pace / 1e12 if stage.flops else None
         self.saving = None
@@ -139,7 +151,3 @@ class Loop:
         self.saving = (self.saving or 0.0) + time.monotonic() - began
         self.clock.restart(step)
         return path
-
-    def close(self) -> None:
-        self.stage.close()
-        self.metrics.close()

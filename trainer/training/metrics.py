@@ -1,4 +1,4 @@
-"""What users watch: one JSON line per logging interval, TensorBoard, and a progress line with the time left."""
+"""The metrics of a stage: one JSON line per logging interval, TensorBoard, and a progress line with the time left."""
 
 import json
 import os
@@ -26,7 +26,8 @@ KEYS = (
 class Meters:
     """Sums of named scalars on the device. They are read, which waits for the device, at logging intervals only."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: BatchSplit) -> None:
+        self.split = split
         self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, int] = {}
 
@@ -47,11 +48,10 @@ class Meters:
         self.counts.clear()
         return dict(zip(names, values, strict=True))
 
-    @staticmethod
-    def regrouped(states: list[dict], saved: BatchSplit, split: BatchSplit) -> dict:
-        """The state that gives every rank the mean over the ranks that saved `states`. With another accumulation a
-        micro-step counts in proportion, so that the interval's mean stays one over steps."""
-        scale = split.accumulation / saved.accumulation
+    def regroup(self, states: list[dict], saved: BatchSplit) -> dict:
+        """Gives every rank the mean over the ranks that saved `states`. With another accumulation a micro-step counts in
+        proportion, so that the interval's mean stays one over steps."""
+        scale = self.split.accumulation / saved.accumulation
         counts = states[0]["counts"]
         sums = {name: sum(float(s["sums"][name]) for s in states) / len(states) * scale for name in counts}
         return {"sums": sums, "counts": {name: count * scale for name, count in counts.items()}}

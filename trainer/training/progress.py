@@ -11,6 +11,17 @@ from trainer.distributed.logs import log
 
 FILE = "status.json"
 WARNINGS_KEPT = 50
+NEW = {
+    "step": 0,
+    "step_seconds": None,
+    "images_per_second": None,
+    "target_node": None,
+    "saved_step": None,
+    "saved": None,
+    "restarts": 0,
+    "warnings": [],
+    "warning_count": 0,
+}
 
 
 class Progress:
@@ -31,30 +42,20 @@ class Progress:
     Times are seconds since the epoch. A resumed run goes on with the warnings, restarts and speed in the file.
     """
 
-    def __init__(self, folder: Path, stage: str, steps: int, log_every: int, main: bool, resumed_at: int | None):
-        """resumed_at: the step of the checkpoint that the stage resumed from; None for one that starts anew."""
+    def __init__(self, folder: Path, stage: str, steps: int, log_every: int, main: bool):
         self.file, self.main, self.failing = folder / FILE, main, False
-        self.values = {
-            "stage": stage,
-            "state": "running",
-            "message": "",
-            "step": resumed_at or 0,
-            "steps": steps,
-            "log_every": log_every,
-            "step_seconds": None,
-            "images_per_second": None,
-            "target_node": None,
-            "saved_step": resumed_at,
-            "saved": None,
-            "started": time.time(),
-            "restarts": 0,
-            "warnings": [],
-            "warning_count": 0,
-        }
-        if resumed_at is not None and (before := Progress.read(folder)):
-            goes_on = "step_seconds images_per_second target_node saved restarts warnings warning_count".split()
-            self.values |= {key: before[key] for key in goes_on if key in before}
-            self.values["restarts"] += 1
+        self.before = Progress.read(folder) or {}
+        about = {"stage": stage, "state": "running", "message": "", "steps": steps, "log_every": log_every}
+        # What an earlier start wrote stays, in case that this one fails before it begins.
+        self.values = NEW | self.before | about | {"started": time.time()}
+
+    def begin(self, resumed_at: int | None) -> None:
+        """Training starts. resumed_at: the step of the checkpoint that the stage resumed from; None for a new start."""
+        if resumed_at is None:
+            self.values |= NEW
+        else:
+            restarts = self.values["restarts"] + bool(self.before)
+            self.values |= {"step": resumed_at, "saved_step": resumed_at, "restarts": restarts}
         self._write({})
 
     @staticmethod
@@ -68,22 +69,23 @@ class Progress:
     def line(self, step: int, record: dict, warnings: Sequence[str] = ()) -> None:
         """Takes step and speed from a metrics line of a logging interval, and the warnings since the last one."""
         shown = ("step_seconds", "images_per_second", "target_node")
-        count = self.values["warning_count"] + len(warnings)
-        warnings = [*self.values["warnings"], *warnings][-WARNINGS_KEPT:]
-        values = {"step": step, "warnings": warnings, "warning_count": count}
-        self._write(values | {key: record.get(key) for key in shown})
+        self._write({"step": step} | {key: record.get(key) for key in shown}, warnings)
 
     def saved(self, step: int) -> None:
         """The checkpoint of a step is safe on disk."""
         self._write({"step": step, "saved_step": step, "saved": time.time()})
 
-    def end(self, state: Literal["finished", "stopped", "failed"], message: str = "") -> None:
-        self._write({"state": state, "message": message})
+    def end(
+        self, state: Literal["finished", "stopped", "failed"], message: str = "", warnings: Sequence[str] = ()
+    ) -> None:
+        self._write({"state": state, "message": message}, warnings)
 
-    def _write(self, values: dict) -> None:
+    def _write(self, values: dict, warnings: Sequence[str] = ()) -> None:
         if not self.main:
             return
         self.values |= values | {"updated": time.time()}
+        self.values["warnings"] = [*self.values["warnings"], *warnings][-WARNINGS_KEPT:]
+        self.values["warning_count"] += len(warnings)
         try:
             write_text(json.dumps(self.values, indent=2) + "\n", self.file, durable=False)
             self.failing = False

@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from models.attention import attention_shapes, choose_kernel, install_processors, kernel_report, prefer_kernel
-from models.compile import channels_last, compile_blocks, set_tf32
+from models.compile import channels_last, compile_blocks
 from models.denoise import predict
-from models.lora import add_adapter, check_targets
-from models.pipeline import empty_network, weights_hash
+from models.lora import add_adapter
+from models.pipeline import empty_network
 from models.sampler import Sampler
 from trainer.config.deepspeed import deepspeed_config
 from trainer.config.schema import OptimizerSettings, TrainSettings
 from trainer.distributed.logs import log
-from trainer.distributed.world import from_main
 from trainer.engine.role import Role
 from trainer.engine.weights import load_adapter
 from trainer.errors import UserError
@@ -25,7 +24,7 @@ from trainer.training.run import Run
 
 
 class RoleBuilder:
-    """Builds every role of a stage alike. micro: the samples of one rank's micro-batch. sampler: tells the shapes that the
+    """Builds the roles of a stage. micro: the samples of one rank's micro-batch. sampler: tells the shapes that the
     attention kernels are tried with."""
 
     def __init__(self, stage: str, run: Run, settings: TrainSettings, micro: int, sampler: Sampler):
@@ -33,8 +32,6 @@ class RoleBuilder:
         self.world = run.world
         self.attention = ""  # the kernel, chosen with the first network
         self.process_wide = ExitStack()  # the attention preference, which holds while the stage lives
-        self._hashes: dict[Path, str] = {}
-        set_tf32(run.settings.network.tf32)
 
     def build(
         self,
@@ -69,7 +66,7 @@ class RoleBuilder:
             log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
         base = ""
         if adapter:
-            base = self.hash(folder)
+            base = self.run.weights_hash(folder)
             seed = f"{self.run.settings.seed}/{self.stage}/{name}"
             add_adapter(network, self.run.settings.lora, seed, self.world.device, self.run.dtype)
             if adapter != "new":
@@ -82,19 +79,6 @@ class RoleBuilder:
             else:
                 log.warning(f"{name}: ignores network.channels_last: DeepSpeed keeps these weights flat")
         return role
-
-    def check_lora(self, *folders: Path) -> None:
-        """Raises ModelError, before anything is loaded, if adapters are wanted and a network lacks the layers for them."""
-        settings = self.run.settings
-        for folder in set(folders) if settings.lora.rank else ():
-            check_targets(folder, settings.lora, settings.variant)
-
-    def hash(self, folder: Path) -> str:
-        """The sha256 of a weights folder, read once, by rank 0 alone. Every rank must call it."""
-        if folder not in self._hashes:
-            mine = weights_hash(folder, self.run.settings.variant) if self.world.main else None
-            self._hashes[folder] = from_main(mine, self.world)
-        return self._hashes[folder]
 
     def _choose_attention(self, network: nn.Module) -> None:
         """Tries the attention kernels with the first network's shapes, and installs the chosen one. Raises ModelError."""

@@ -1,8 +1,8 @@
-"""One run, as every verb gets it: its settings, its folder, its processes."""
+"""One run: its settings, its folder, its processes. Every verb gets one."""
 
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -13,14 +13,16 @@ import yaml
 from data.shard_dataset import ShardDataset
 from data.shard_patterns import expand
 from models.families import family_of
+from models.lora import check_targets
 from models.noise import SampleNoise
+from models.pipeline import weights_hash
 from models.sampler import Sampler
 from models.validate import check_fit, check_pipeline
 from trainer import VERSION
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.config.schema import RunSettings
 from trainer.distributed.logs import start_log
-from trainer.distributed.world import World, barrier
+from trainer.distributed.world import World, barrier, from_main
 from trainer.errors import UserError
 from trainer.training.hub import local_pipeline
 
@@ -30,6 +32,7 @@ class Run:
     settings: RunSettings
     world: World
     fresh: bool = False
+    _hashes: dict[Path, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -70,6 +73,18 @@ class Run:
     def fetched(self, pipeline: str, key: str) -> Path:
         """The local folder of a pipeline that the setting `key` names. Every rank must call it."""
         return local_pipeline(pipeline, self.settings.variant, key, self.world)
+
+    def weights_hash(self, folder: Path) -> str:
+        """The sha256 of a weights folder, read once, by rank 0 alone. Every rank must call it."""
+        if folder not in self._hashes:
+            mine = weights_hash(folder, self.settings.variant) if self.world.main else None
+            self._hashes[folder] = from_main(mine, self.world)
+        return self._hashes[folder]
+
+    def check_lora(self, *folders: Path) -> None:
+        """Raises ModelError, before anything is loaded, if adapters are wanted and a network lacks the layers for them."""
+        for folder in set(folders) if self.settings.lora.rank else ():
+            check_targets(folder, self.settings.lora, self.settings.variant)
 
     def noise(self, stage: str) -> SampleNoise:
         """Per-sample noise; every stage draws from streams of its own name."""
