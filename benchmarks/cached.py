@@ -84,7 +84,9 @@ def main() -> None:
         for way, rates in found.items():
             print(f"{way:28}{statistics.median(rates):10.0f} samples/s")
         write_shards(as_large_as_sdxl(), root / "large", "s")
-        large = Batches(ShardDataset(expand(str(root / "large")), 1024, ("caption", "latents", "text")), BatchSplit(1, BATCH), 0)
+        large = Batches(
+            ShardDataset(expand(str(root / "large")), 1024, ("caption", "latents", "text")), BatchSplit(1, BATCH), 0
+        )
         size = next((root / "large").glob("*.tar")).stat().st_size / 256
         print(
             f"{'read, as large as SDXL':28}{rate(lambda: next(large), args.seconds):10.0f} samples/s of {size / 1e3:.0f} kB"
