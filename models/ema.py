@@ -1,4 +1,5 @@
-"""Exponential moving average of weights, in float32, over whatever slices this rank owns."""
+"""Exponential moving average of weights in float32. Which slices a rank owns: trainer.engine.weight_slices; how a saved average
+is resharded: trainer.training.state_parts."""
 
 import torch
 from torch import Tensor

@@ -15,7 +15,7 @@ from data.loader import Batch
 from models.conditioning import Conditioning
 from models.denoise import denoising_loss, predict, predict_guided
 from models.gan import Discriminator, feature_module
-from models.metrics import spread
+from models.image_metrics import spread
 from models.multistep import Student
 from models.noise import Draws
 from models.objectives import OBJECTIVES, Scores
@@ -31,11 +31,11 @@ from trainer.export import export_generator
 from trainer.path.manifest import DegradationPath, open_path
 from trainer.path.target import Target
 from trainer.planner.flops import backtrack_flops
-from trainer.training.gan import GanTerm
+from trainer.training.gan_term import GanTerm
 from trainer.training.loop import train
 from trainer.training.run import Run
-from trainer.training.run_state import ReusedSamples, WeightAverage
 from trainer.training.stage import DenoiserStage
+from trainer.training.state_parts import ReusedSamples, WeightAverage
 
 
 class Backtracking(DenoiserStage):

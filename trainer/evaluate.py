@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 from torchvision.io import write_png
 
-from models.metrics import Moments, frechet_distance, kernel_distance, precision_recall
+from models.image_metrics import Moments, frechet_distance, kernel_distance, precision_recall
 from models.pipeline import replace_folder
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.distributed.logs import log

@@ -21,8 +21,8 @@ from trainer.training.autoencoder import train_autoencoder
 from trainer.training.inputs import batch_latents
 from trainer.training.loop import train
 from trainer.training.run import Run
-from trainer.training.run_state import WeightAverage
 from trainer.training.stage import DenoiserStage
+from trainer.training.state_parts import WeightAverage
 
 
 class Pretraining(DenoiserStage):

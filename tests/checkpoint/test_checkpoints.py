@@ -12,7 +12,7 @@ import support
 from ranks_elastic import stop_recording
 
 from trainer.checkpoint import directory
-from trainer.checkpoint.durable import DeferredErrors
+from trainer.checkpoint.collective_errors import DeferredErrors
 from trainer.errors import RankError, UserError
 from trainer.record import record
 from trainer.training.run import Run

@@ -106,3 +106,11 @@ def test_an_empty_latest_starts_nothing_over(checkpoints):
     assert about is None and "LATEST is empty" in problem and "`echo step-00000002 > " in problem
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoints.latest_weights()
+
+
+def test_what_a_killed_save_left_goes_before_the_next(checkpoints):
+    save(checkpoints, 2)
+    for name in ("step-00000003.tmp", "step-00000002.tmp"):
+        (checkpoints.root / name / "engines").mkdir(parents=True)
+    checkpoints.remove_unfinished()
+    assert [path.name for path in checkpoints.root.iterdir()] == ["step-00000002"]

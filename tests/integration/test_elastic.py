@@ -13,8 +13,8 @@ from torch import Tensor
 from data.sampling_order import BatchSplit
 from models.pipeline import load_network
 from trainer.backtrack import Backtracking
-from trainer.checkpoint.checkpoint import Checkpoints
 from trainer.checkpoint.reshard_state import redeal, reslice
+from trainer.checkpoint.save_load import Checkpoints
 from trainer.engine.deepspeed_internals import MASTER, MOMENTS, SavedEngine
 from trainer.errors import UserError
 from trainer.record import record

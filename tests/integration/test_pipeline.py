@@ -21,7 +21,7 @@ from models.tokenizer import clip_tokenizer
 from models.validate import check_pipeline
 from trainer.backtrack import backtrack
 from trainer.engine.save_weights import Snapshot
-from trainer.engine.weights import Weights
+from trainer.engine.weight_slices import Weights
 from trainer.evaluation.sources import find_source
 from trainer.training.run import Run
 

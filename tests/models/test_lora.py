@@ -17,7 +17,7 @@ from models.pipeline import load_network
 from models.settings import LoraSettings
 from trainer.backtrack import Backtracking
 from trainer.engine.role import load_trained
-from trainer.engine.weights import load_adapter
+from trainer.engine.weight_slices import load_adapter
 from trainer.path.manifest import file_hash
 from trainer.record import Recording
 from trainer.training.run import Run

@@ -11,12 +11,12 @@ from models.denoise import generate, predict_guided
 from models.diffusion import Schedule
 from models.ema import Ema
 from models.errors import ModelError
-from models.metrics import Moments, frechet_distance, kernel_distance, precision_recall
+from models.image_metrics import Moments, frechet_distance, kernel_distance, precision_recall
 from models.noise import SampleNoise
 from models.objectives import Scores, dmd, vsd
 from trainer.config.schema import OptimizerSettings, WalkSettings
 from trainer.engine.optimizer import learning_rate
-from trainer.path.manifest import choose_nodes
+from trainer.path.candidates import choose_nodes
 from trainer.path.target import fixed_switches, moves_on, target_node
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

@@ -14,7 +14,8 @@ from trainer.backtrack import Backtracking
 from trainer.config.deepspeed import deepspeed_config
 from trainer.engine.role import Role
 from trainer.errors import UserError
-from trainer.path.manifest import choose_nodes, file_hash, open_path
+from trainer.path.candidates import choose_nodes
+from trainer.path.manifest import file_hash, open_path
 from trainer.record import Recording, record
 from trainer.training.loop import train
 from trainer.training.run import Run

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import trainer.pretrain
-import trainer.training.gan
+import trainer.training.gan_term
 from models.noise import Draws
 from models.profile import count_flops, pass_flops
 from trainer.backtrack import Backtracking
@@ -115,7 +115,7 @@ def test_counted_work_is_what_a_step_executes(shards, pipeline, world, monkeypat
 
         return counted
 
-    for module in (trainer.pretrain, trainer.training.gan):
+    for module in (trainer.pretrain, trainer.training.gan_term):
         monkeypatch.setattr(module, "batch_latents", aside(module.batch_latents))
     updates = 2
     # Of a CPU's attention the counter knows the plain one only. Probes of recording are not counted.

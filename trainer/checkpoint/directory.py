@@ -102,6 +102,11 @@ class CheckpointDirectory:
         write_text(step_name(step) + "\n", self.latest_file)
         self._prune(self.complete(step)[: -self.retention.keep_last])
 
+    def remove_unfinished(self) -> None:
+        """Deletes what killed saves left, of whatever step: a resumed run may never save that step again."""
+        for folder in self.root.glob("*.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def discard(self, *folders: Path) -> None:
         """Deletes the folders of an unfinished save, but never the checkpoint that LATEST names."""
         for folder in folders:

@@ -17,7 +17,7 @@ from trainer.distributed.world import World, node_group
 from trainer.engine.deepspeed_internals import initialize, measures_norm, write_files_with
 from trainer.engine.optimizer import GuardedAdamW
 from trainer.engine.save_weights import Snapshot
-from trainer.engine.weights import Weights, load_folder
+from trainer.engine.weight_slices import Weights, load_folder
 from trainer.errors import UserError
 
 WATCHED = 1 << 16  # weights per role that `update_ratio` looks at
@@ -144,7 +144,7 @@ class Role:
         self.last_norm = state["norm"]
 
     def local(self) -> list[Tensor]:
-        """The weights that this rank owns: 1/N of every parameter, flat; see trainer.engine.weights.Slice."""
+        """The weights that this rank owns: 1/N of every parameter, flat; see trainer.engine.weight_slices.Slice."""
         return self.weights.local()
 
     @contextmanager

@@ -19,9 +19,28 @@ from trainer.distributed.world import World, first_problem, sum_over_ranks
 from trainer.engine.role import Role
 from trainer.engine.save_weights import ABOUT, FolderWriter
 from trainer.errors import UserError
-from trainer.path.manifest import Node, choose_nodes
+from trainer.path.manifest import Node
 
 Probe = list[tuple[Tensor, Tensor, Conditioning]]  # micro-batches of x_t, t and conditioning
+
+
+def choose_nodes(distances: list[float], count: int) -> list[int]:
+    """Indices of `count` candidates, the last one included, whose distances to the teacher are the most evenly spread
+    between 0 and the last one's. Fewer if there are fewer candidates.
+
+    Half of the distance is covered in the first few recording steps, so that nodes evenly spaced in steps would mostly
+    repeat the far end.
+    """
+    last = len(distances) - 1
+    chosen: list[int] = []
+    for j in range(1, count):
+        low = chosen[-1] + 1 if chosen else 0
+        high = last - (count - j)  # leave one candidate for each node that is still to come
+        options = range(low, max(high, low) + 1)
+        options = [i for i in options if i < last]
+        if options:
+            chosen.append(min(options, key=lambda i: abs(distances[i] - distances[last] * j / count)))
+    return [*chosen, last]
 
 
 class Candidates:

@@ -58,25 +58,6 @@ def _joined(timesteps: Sequence[int]) -> str:
     return ",".join(str(t) for t in timesteps)
 
 
-def choose_nodes(distances: list[float], count: int) -> list[int]:
-    """Indices of `count` candidates, the last one included, whose distances to the teacher are the most evenly spread
-    between 0 and the last one's. Fewer if there are fewer candidates.
-
-    Half of the distance is covered in the first few recording steps, so that nodes evenly spaced in steps would mostly
-    repeat the far end.
-    """
-    last = len(distances) - 1
-    chosen: list[int] = []
-    for j in range(1, count):
-        low = chosen[-1] + 1 if chosen else 0
-        high = last - (count - j)  # leave one candidate for each node that is still to come
-        options = range(low, max(high, low) + 1)
-        options = [i for i in options if i < last]
-        if options:
-            chosen.append(min(options, key=lambda i: abs(distances[i] - distances[last] * j / count)))
-    return [*chosen, last]
-
-
 def write_manifest(
     root: Path,
     teacher: Path,

@@ -13,7 +13,7 @@ from trainer.config.schema import WalkSettings
 from trainer.distributed.logs import log
 from trainer.distributed.world import first_problem, mean_over_ranks
 from trainer.engine.role import Role
-from trainer.engine.weights import Weights
+from trainer.engine.weight_slices import Weights
 from trainer.errors import UserError
 from trainer.path.manifest import DegradationPath
 

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from trainer.checkpoint.checkpoint import Checkpoints
+from trainer.checkpoint.save_load import Checkpoints
 from trainer.config.schema import HealthSettings, LoopSettings
 from trainer.distributed.logs import log, take_warnings
 from trainer.distributed.signals import StopRequest

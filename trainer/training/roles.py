@@ -18,7 +18,7 @@ from trainer.config.deepspeed import deepspeed_config
 from trainer.config.schema import OptimizerSettings, TrainSettings
 from trainer.distributed.logs import log
 from trainer.engine.role import Role
-from trainer.engine.weights import load_adapter
+from trainer.engine.weight_slices import load_adapter
 from trainer.errors import UserError
 from trainer.training.run import Run
 

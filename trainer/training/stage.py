@@ -26,7 +26,7 @@ from trainer.training.metrics import Meters
 from trainer.training.preview import preview_grid
 from trainer.training.roles import RoleBuilder
 from trainer.training.run import Run
-from trainer.training.run_state import RoleWatch, SkippedSamples, StatePart
+from trainer.training.state_parts import RoleWatch, SkippedSamples, StatePart
 
 
 class Stage(ABC):

@@ -10,7 +10,6 @@ With the same number of processes and the same ZeRO stages, a run loads what it 
 resharded: engines by trainer.checkpoint.reshard_optimizer, the ranks' own state by the stage's `regroup`.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from data.sampling_order import BatchSplit
+from trainer.checkpoint.collective_errors import DeferredErrors, tensor_bytes, write_file
 from trainer.checkpoint.directory import WEIGHTS, CheckpointDirectory
-from trainer.checkpoint.durable import DeferredErrors, tensor_bytes, write_file
 from trainer.checkpoint.reshard_optimizer import reshard
 from trainer.checkpoint.rng_state import global_generators, reseed_generators, restore_generators
 from trainer.config.schema import LoopSettings
@@ -87,7 +86,7 @@ class Checkpoints:
         if self.world.main:
             with self.errors.defer():
                 self.directory.root.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(temporary, ignore_errors=True)
+                self.directory.remove_unfinished()
                 self.directory.make_room(step, self._estimated_size(state))
                 temporary.mkdir()
         self._agree(step, temporary)
