@@ -60,4 +60,4 @@ def test_many_switches_on_two_ranks(root):
 @pytest.mark.slow
 def test_a_rank_holds_its_own_part_only(tmp_path):
     # A fixed threshold: blocks that are given back leave the process, and the measure does not depend on what glibc keeps.
-    support.ranks("loading", tmp_path, MALLOC_MMAP_THRESHOLD_="65536")
+    support.torchrun("loading", tmp_path, 2, MALLOC_MMAP_THRESHOLD_="65536")
