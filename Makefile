@@ -1,11 +1,11 @@
-# make demo | test | test-slurm | lint | clean. Each makes .venv and installs what it needs, at the pinned versions; nothing is
-# installed again unless pyproject.toml or constraints.txt has changed.
+# make demo | test | test-slurm | lint | clean. Each creates .venv and installs what it needs at the pinned versions, and again
+# only after a change of pyproject.toml or constraints.txt.
 PYTHON ?= python3.11
 BIN := .venv/bin
 C := configs/digits.yaml
 WORKERS ?= 2
 
-# Two small cores: one thread a process, which sleeps while it waits, is several times faster than two that spin.
+# For two small cores: one thread per process that sleeps while it waits is several times faster than two that spin.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
@@ -19,8 +19,7 @@ SLURM_PACKAGES := munge slurm-wlm shellcheck
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Teacher, path, three generators (path, none, warm), their scores, and one page. A second `make demo` goes on where the
-# first was stopped.
+# Teacher, path, three generators (path, none, warm), their scores, and one page. A second `make demo` resumes the first.
 demo: .venv/installed
 	$(BIN)/disback shards --digits
 	$(BIN)/disback pretrain --config $(C)
@@ -33,14 +32,14 @@ demo: .venv/installed
 	$(BIN)/disback evaluate --config $(C) --watch 'evaluate.what=[teacher, start, generator]'
 	$(BIN)/disback report --config $(C)
 
-# Two workers for two cores; a file's tests stay together, since they share what was trained for them.
+# Two workers for two cores. The tests of a file run on one worker, because they share what is trained for them.
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
 
-# The job scripts on a real Slurm of two nodes, which the tests start in a temporary folder and stop again.
+# The job scripts on a real two-node Slurm, which the tests start in a temporary folder and stop again.
 test-slurm: .venv/installed
 	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
 	for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \

@@ -77,10 +77,24 @@ def shards(shared, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(shards) -> Path:
     """The folder of the smallest pipeline, untrained."""
+    from support import SMALLEST
+
     folder = shards / "untrained"
-    settings = MiniatureSettings(unet_channels=(16, 32), vae_channels=(16, 16), text_widths=(8, 8), pooled=16)
-    build_miniature(settings).save_pretrained(folder)
+    build_miniature(MiniatureSettings(**SMALLEST)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(shared) -> dict[str, Path]:
+    """The folders of an untrained miniature of every kind. Nobody may change them."""
+    from support import KINDS, SMALLEST
+
+    def build(common: Path) -> None:
+        for kind in KINDS:
+            build_miniature(MiniatureSettings(family=kind, **SMALLEST)).save_pretrained(common / kind)
+
+    common = shared("pipelines", build)
+    return {kind: common / kind for kind in KINDS}
 
 
 @pytest.fixture(scope="session")

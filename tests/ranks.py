@@ -26,10 +26,11 @@ LINEAR = torch.nn.functional.linear
 
 
 def parity(root, world):
-    """Backtracking at every ZeRO stage, with two ranks and recomputed activations; the weights go to root/parity/."""
-    for stage in ("zero0", "zero1", "zero2", "zero3", support.sharded_zero3(root / "parity")):
+    """Backtracking with two ranks, recomputed activations and previews; the weights go to root/parity/."""
+    mixed = support.zero3_config(root / "parity" / "mixed.json", threshold=100)  # elements: half of the parameters
+    for stage in ("zero0", "zero1", "zero2", mixed):
         label = Path(stage).stem
-        flags = (*support.PARITY, *support.zero(stage), "network.checkpointing=true")
+        flags = (*support.PARITY, *support.zero(stage), "network.checkpointing=true", "backtrack.loop.sample_every=8")
         run = support.single(root, f"parity-{label}", world, *flags)
         support.save(support.backtrack_weights(run), root / "parity" / f"{label}.pt", world)
 
@@ -37,16 +38,16 @@ def parity(root, world):
 def resume(root, world):
     """At ZeRO 2 and 3: a whole run, and one that a signal to rank 1 stops, that then ends because rank 1 cannot write its
     files, and that is started again."""
-    out, loop = root / "resume", ("backtrack.loop.save_every=1", "backtrack.loop.sample_every=0")
+    out, loop = root / "resume", ("backtrack.loop.save_every=1", "backtrack.steps=6")
     for stage in ("zero2", support.sharded_zero3(out)):
         label, flags = Path(stage).stem, (*loop, *support.zero(stage))
         whole = support.backtrack_weights(support.single(root, f"whole-{label}", world, *flags))
         support.save(whole, out / f"whole-{label}.pt", world)
         run = support.single(root, f"parts-{label}", world, *flags)
-        assert support.backtrack_weights(run, signal_at=(3,), signal_rank=1) is None
-        message = write_failure(run, step=6, rank=1)
+        assert support.backtrack_weights(run, signal_at=(2,), signal_rank=1) is None
+        message = write_failure(run, step=5, rank=1)
         names = sorted(p.name for p in (run.folder / "backtrack" / "checkpoints").iterdir())
-        assert names == ["step-00000004", "step-00000005"], names  # nothing half written stays
+        assert names == ["step-00000003", "step-00000004"], names  # nothing half written stays
         messages = [None] * world.size
         dist.all_gather_object(messages, message)
         if world.main:

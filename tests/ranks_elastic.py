@@ -22,7 +22,6 @@ def elastic_flags(root, stage):
     loop = (
         "backtrack.reuse_x0=true",
         "backtrack.loop.log_every=4",
-        "backtrack.loop.sample_every=0",
         "backtrack.loop.keep_last=9",
     )
     return [*support.PARITY, *loop, *betas, *support.zero(stage)]
@@ -102,7 +101,8 @@ def stop_recording(root, name, world, flags, at):
 
 def recording_flags(root, name):
     """The probe has 7 samples, which two ranks cannot share evenly."""
-    return (*support.RECORDING, "record.probe=7", f"path={root / 'elastic-paths' / name}")
+    more = ("record.probe=7", "record.loop.sample_every=8", f"path={root / 'elastic-paths' / name}")
+    return (*support.RECORDING, *more)
 
 
 def pretraining(root, name, world):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from models.conditioning import Conditioning
@@ -40,6 +41,9 @@ TIMES = {
     "save_seconds",
 }
 ALIKE = ("loss/fake_score", "mismatch", "grad_norm/generator", "grad_norm/fake_score", "lr/generator")
+KINDS = {"sdxl": "sdxl", "sd15": "sd", "sd21": "sd", "sd3": "sd3"}  # miniature: family
+SMALLEST = {"unet_channels": (16, 32), "vae_channels": (16, 16), "text_widths": (8, 8), "pooled": 16}  # of a miniature
+PROMPTS = ["a handwritten seven", "the digit two, written by hand", "a small drawing of a nine"]
 STAGES = ("zero0", "zero1", "zero2", "sharded")  # the last is `sharded_zero3`
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
 # Two programs that compute the same (one process and two, a bare network and a wrapped one, a whole batch and its parts)
@@ -70,7 +74,7 @@ def lora_gan(root: Path, stage: str) -> tuple[str, ...]:
 
 def everything(root: Path, stage: str) -> tuple[str, ...]:
     """Overrides of a run with adapters, the GAN term, accumulation, clipping and recomputed activations at once."""
-    few = ("backtrack.fake_updates=1", "backtrack.steps=3", "backtrack.loop.sample_every=0")
+    few = ("backtrack.fake_updates=1", "backtrack.steps=3")
     return (*lora_gan(root, stage), "network.checkpointing=true", *few)
 
 
@@ -93,7 +97,10 @@ def places(root: Path, name: str) -> list[str]:
 
 
 def tiny(root: Path, name: str, *overrides: str) -> RunSettings:
-    return load_settings(TINY, [*places(root, name), *overrides])
+    """Settings of a run that makes no previews, which take longer than its training, unless `overrides` say so."""
+    stages = ("pretrain.autoencoder", "pretrain", "record", "backtrack")
+    quiet = [f"{stage}.loop.sample_every=0" for stage in stages]
+    return load_settings(TINY, [*places(root, name), *quiet, *overrides])
 
 
 def zero(stage: str) -> list[str]:
@@ -167,6 +174,18 @@ class Poisoned(Interrupted):
 
 def poisoned(run, steps, rank=0):
     return backtrack_weights(run, kind=Poisoned, bad_steps=steps, bad_rank=rank)
+
+
+def plain(folder: Path, **parts: object) -> DiffusionPipeline:
+    """A pipeline folder as diffusers loads it."""
+    pipe = DiffusionPipeline.from_pretrained(folder, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators(count: int) -> list[torch.Generator]:
+    """For a diffusers call: the noise of our samples 0, 1, ... with seed 5."""
+    return [torch.Generator("cpu").manual_seed(5 + i) for i in range(count)]
 
 
 def prediction(net: torch.nn.Module) -> Tensor:

@@ -17,7 +17,7 @@ from trainer.errors import RankError, UserError
 from trainer.record import record
 from trainer.training.run import Run
 
-QUICK = ("backtrack.loop.sample_every=0", "backtrack.loop.save_every=1", *support.zero("zero1"))
+QUICK = ("backtrack.loop.save_every=1", *support.zero("zero1"))
 
 
 def checkpoints(run: Run, stage: str = "backtrack") -> Path:
@@ -91,7 +91,7 @@ def test_damage_that_has_the_right_size(root, world, kept, tmp_path):
 def test_an_older_recording_has_its_candidates(root, world):
     """Going back behind a candidate that was let go since: it is still there, and the path comes out the same."""
     flags = (*support.RECORDING, "record.loop.save_every=1", "record.loop.keep_every=2", "record.nodes=1")
-    flags = (*flags, "record.loop.sample_every=0", "record.probe_every=1")
+    flags = (*flags, "record.probe_every=1")
     path = root / "going-back-path"
     record(Run(support.tiny(root, "went-through", *flags, f"path={root / 'through-path'}"), world))
     flags = (*flags, f"path={path}")

@@ -214,7 +214,7 @@ def test_all_verbs_in_a_row(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_under_the_deepspeed_launcher(root):
     call = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_gpus", "2", "--master_port", "29571"]
-    call += ["--module", "trainer.backtrack", *TINY, *support.places(root, "launched")]
+    call += ["--module", "trainer.backtrack", *TINY, *support.places(root, "launched"), "backtrack.steps=4"]
     done = subprocess.run(call, capture_output=True, text=True, env=support.environment() | {"DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr
     assert "world_size: 2" in (root / "launched" / "config.yaml").read_text()

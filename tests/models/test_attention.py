@@ -140,8 +140,10 @@ def test_roles_that_cannot_be_laid_out_or_compiled(shards, pipeline, world):
         stage.close()
 
 
-@pytest.mark.slow
-def test_a_compiled_block_agrees(unet):
+def test_a_compiled_block_agrees(unet, monkeypatch):
+    """Captured by dynamo and differentiated ahead of time, then run by PyTorch's own kernels: Inductor would compile C++."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kw: real(module, backend="aot_eager", **kw))
     block = next(m for m in copy.deepcopy(unet).modules() if isinstance(m, BasicTransformerBlock))
     plain = copy.deepcopy(block)
     assert compile_blocks(block) == 1

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import support
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from models.conditioning import Conditioning
@@ -17,10 +16,7 @@ from models.multistep import Student
 from models.noise import SampleNoise
 from models.pipeline import load_network
 from models.sampler import ImageNoise
-from trainer.backtrack import backtrack
 from trainer.errors import UserError
-from trainer.evaluation.sources import find_source
-from trainer.record import record
 from trainer.training.run import Run
 
 FOUR, UNEVEN = (999, 749, 499, 249), (999, 600, 100)
@@ -58,7 +54,7 @@ def test_backward_simulation_is_the_samplers_own_chain():
         chain = student.trajectory(
             net, cond(2), lambda j, draws=draws: draws.normal(f"z{j}" if j else "z", (4, 2, 2)), 4
         )
-        assert torch.equal(x0, chain[k])
+        assert torch.allclose(x0, chain[k], atol=1e-6)
         alone = student.training_sample(Recorder(), cond(1), noise.at(step, [7]), (4, 2, 2))
         assert torch.allclose(alone[0], x0[1], atol=1e-6)
         seen.append(k)
@@ -76,7 +72,7 @@ def test_a_probe_has_every_step():
     draws = noise.at(0, list(range(6)))
     whole = student.every_step(net, cond(6), draws, "p", (4, 2, 2))
     chain = student.trajectory(net, cond(6), lambda k: draws.normal(f"p{k or ''}", (4, 2, 2)), 4)
-    assert all(torch.equal(whole[i], chain[i % 4][i]) for i in range(6))
+    assert all(torch.allclose(whole[i], chain[i % 4][i], atol=1e-6) for i in range(6))
     part = student.every_step(net, cond(2), noise.at(0, [4, 5]), "p", (4, 2, 2))
     assert torch.allclose(part, whole[4:], atol=1e-6)
 
@@ -99,49 +95,13 @@ def test_exported_students_equal_our_sampling(root, world, tmp_path, timesteps, 
     arguments = ", ".join(f"{k}={v}" for k, v in call.items())
     assert said == f"pipe(prompt, {arguments}, guidance_scale=0.0)"
     assert json.loads((tmp_path / "p" / "disback.json").read_text())["call"] == said
-    prompts = ["a handwritten seven", "the digit two, written by hand", "a small drawing of a nine"]
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "p")
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator("cpu").manual_seed(5 + i) for i in range(3)]
-    theirs = pipe(prompts, **call, guidance_scale=0.0, generator=generators, output_type="latent").images
+    pipe, noise = support.plain(tmp_path / "p"), support.generators(3)
+    theirs = pipe(support.PROMPTS, **call, guidance_scale=0.0, generator=noise, output_type="latent").images
     sampler = run.sampler(source)
     noise = ImageNoise(5, [0, 1, 2], sampler.latent_shape, world.device)
     student = Student(sampler.schedule, timesteps)
     with torch.no_grad():
-        text = sampler.text.encode(prompts, sampler.resolution)
-        ours = student.trajectory(load_network(source / "unet").eval(), text, lambda _: noise.draw(), len(timesteps))[
-            -1
-        ]
+        text = sampler.text.encode(support.PROMPTS, sampler.resolution)
+        network = load_network(source / "unet").eval()
+        ours = student.trajectory(network, text, lambda _: noise.draw(), len(timesteps))[-1]
     assert theirs.std() > 0.1 and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
-
-
-def test_a_student_from_recording_to_pipeline(root, world):
-    """Its path is its own; a run with other steps refuses it; the pipeline, the checkpoint and our sampler agree."""
-    path = root / "student-run" / "own"
-    flags = (f"path={path}", "backtrack.student_timesteps=[999, 499]", "backtrack.steps=4", "gan.enabled=true")
-    run = Run(support.tiny(root, "student-run", *flags), world)
-    record(run)
-    assert json.loads((path / "path.json").read_text())["timesteps"] == [999, 499]
-    with pytest.raises(UserError, match=r"another generator start \(timestep 999,499, this run 399;"):
-        backtrack(Run(support.tiny(root, "other", f"path={path}"), world))
-    backtrack(run)
-    folder, prompts = run.folder / "generator", ["a handwritten seven", "a small drawing of a nine"]
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator("cpu").manual_seed(i) for i in range(2)]
-    theirs = pipe(prompts, num_inference_steps=2, guidance_scale=0.0, generator=generators, output_type="np").images
-    for what in (str(folder), "step-00000004"):
-        ours = find_source(run, what).open(run).images(prompts, 0, [0, 1]).permute(0, 2, 3, 1).numpy() / 255
-        assert np.abs(theirs - ours).max() <= 1.01 / 255  # ours truncates to bytes
-
-
-def test_a_generator_turn_in_pieces_is_the_same(root, world):
-    flags = (*support.PARITY, "backtrack.steps=4", *support.zero("zero1"))
-    whole = support.backtrack_weights(support.single(root, "whole-turn", world, *flags))
-    pieces = support.backtrack_weights(support.single(root, "pieces", world, *flags, "backtrack.generator_split=4"))
-    assert support.largest_difference(whole, pieces) < 1e-6
-    lines = [support.metrics(root / name / "backtrack")[-1] for name in ("whole-turn", "pieces")]
-    for key in ("grad_norm/generator", "mismatch", "loss/fake_score"):
-        assert lines[1][key] == pytest.approx(lines[0][key], rel=1e-4)
-    with pytest.raises(UserError, match=r"generator_split=3 does not divide the micro-batch of 4 .*use one of 1, 2, 4"):
-        support.backtrack_weights(support.single(root, "thirds", world, *flags, "backtrack.generator_split=3"))

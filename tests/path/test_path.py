@@ -8,6 +8,7 @@ import support
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from support import ROUNDING, prediction
 
 from models.pipeline import empty_network, load_network, weights_hash
 from trainer.backtrack import Backtracking
@@ -145,24 +146,13 @@ def test_nodes_into_a_frozen_engine_in_place(root, world, tmp_path, config):
     teacher, node = root / "base" / "pipeline" / "unet", root / "base" / "path" / "node-0002"
     settings = deepspeed_config(name, 2, 1, 0.0, "fp32", world.size)
     role = Role("teacher", empty_network(teacher), settings, world, folder=teacher)
-    rng = torch.Generator().manual_seed(0)
-    x, t = torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([10, 700])
-    states, added = (
-        torch.randn(2, 16, 16, generator=rng),
-        {"text_embeds": torch.randn(2, 16), "time_ids": torch.ones(2, 6)},
-    )
-
-    def output(net):
-        with torch.no_grad():
-            return net(x, t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
-
-    before = output(role).clone()
-    assert torch.allclose(before, output(load_network(teacher).eval()), atol=1e-6)
+    before = prediction(role)
+    torch.testing.assert_close(before, prediction(load_network(teacher).eval()), **ROUNDING)
     role.weights.write(role.weights.read(node))
-    expected = output(load_network(node).eval())
+    expected = prediction(load_network(node).eval())
     assert not torch.allclose(before, expected, atol=1e-3)
-    assert torch.allclose(output(role), expected, atol=1e-6)
+    torch.testing.assert_close(prediction(role), expected, **ROUNDING)
     role.weights.write(role.weights.read(teacher))
-    assert torch.equal(output(role), before)
+    assert torch.equal(prediction(role), before)
     whole = role.state_dict()
     assert all(torch.equal(whole[k], v) for k, v in load_network(teacher).state_dict().items())

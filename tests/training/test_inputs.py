@@ -56,7 +56,7 @@ def run(place, world, name, data, *overrides) -> Run:
 
 
 def watch(stage) -> Counter:
-    """Calls of the stage's encoders, in training steps: its previews are switched off."""
+    """Calls of the stage's encoders, in training steps."""
     calls = Counter()
     stage.sampler.text.parts.text_encoder.register_forward_hook(lambda *_: calls.update(["text"]))
     stage.sampler.vae.encoder.register_forward_hook(lambda *_: calls.update(["vae"]))
@@ -65,7 +65,6 @@ def watch(stage) -> Counter:
 
 def trained(kind, run, name, *args) -> tuple[dict, Counter]:
     stage, settings = kind(run, *args), getattr(run.settings, name)
-    settings.loop.sample_every = 0
     calls = watch(stage)
     train(stage, settings.loop, run.settings.health, run.stage_folder(name), run.world)
     return {f"{r}.{k}": v for r, role in stage.roles.items() for k, v in (role.state_dict() or {}).items()}, calls
@@ -153,12 +152,10 @@ def test_recording_and_backtracking_use_cached_text(place, world):
         here = run(place, world, f"all-{data}", data, *more)
         _, calls = trained(Recording, here, "record")
         assert (calls["text"] > 0) == (data == "plain") and not calls["vae"]
-        here.settings.backtrack.loop.sample_every = 0
         found[data] = support.backtrack_weights(here)
     assert support.largest_difference(*found.values()) < 1e-5
     assert moved(place, found["full"], "generator") > 1e-4
     stopped = run(place, world, "stopped", "full", *more)
-    stopped.settings.backtrack.loop.sample_every = 0
     assert support.backtrack_weights(stopped, signal_at=(2,)) is None
     resumed = support.backtrack_weights(stopped)
     assert all(torch.equal(resumed[key], value) for key, value in found["full"].items())

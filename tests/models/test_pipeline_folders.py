@@ -1,13 +1,10 @@
-"""The miniature pipeline, strict loads, and the exported one-step pipeline in plain diffusers."""
+"""Pipeline folders: tokenizer, miniature, strict loads, decoding in pieces, hashes."""
 
-import json
 import shutil
 
-import numpy as np
 import pytest
-import support
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from data.digits import PHRASINGS, caption
@@ -19,11 +16,8 @@ from models.sampler import Sampler
 from models.settings import MiniatureSettings
 from models.tokenizer import clip_tokenizer
 from models.validate import check_pipeline
-from trainer.backtrack import backtrack
 from trainer.engine.save_weights import Snapshot
 from trainer.engine.weight_slices import Weights
-from trainer.evaluation.sources import find_source
-from trainer.training.run import Run
 
 TEXTS = ["a handwritten seven", "It's   the DIGIT 7!", "naïve café 北京", "x" * 40, ""]
 
@@ -107,7 +101,7 @@ def test_many_images_are_decoded_in_pieces(root, monkeypatch):
     monkeypatch.setattr("models.sampler.VAE_PIXELS", 2 * 8**2)
     parts = sampler.decode(latents), *sampler.posterior(images)
     assert (whole[0].int() - parts[0].int()).abs().max() <= 1  # a byte may be cut off either way
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole[1:], parts[1:], strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole[1:], parts[1:], strict=True))
 
 
 def test_incomplete_pipelines_are_refused(root, tmp_path):
@@ -135,25 +129,3 @@ def test_scheduler_takes_one_step_from_the_conditioning_timestep(root):
     scheduler = one_step_scheduler(root / "base" / "pipeline", 399)
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [399] and scheduler.init_noise_sigma == 1.0
-
-
-def test_exported_pipeline_equals_our_sampling(root, world):
-    """DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=1, guidance_scale=0.0), nothing else."""
-    run = Run(support.tiny(root, "exported"), world)
-    backtrack(run)
-    folder = run.folder / "generator"
-    prompts = ["a handwritten seven", "the digit two, written by hand", "a small drawing of a nine"]
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    noise = [torch.Generator("cpu").manual_seed(5 + i) for i in range(3)]
-    theirs = pipe(prompts, num_inference_steps=1, guidance_scale=0.0, generator=noise, output_type="np").images
-    ours = find_source(run, str(folder)).open(run).images(prompts, 5, [0, 1, 2])
-    ours_float = ours.permute(0, 2, 3, 1).numpy().astype(np.float32) / 255
-    assert theirs.shape == ours_float.shape == (3, 8, 8, 3)
-    assert theirs.std() > 0.01
-    assert np.abs(theirs - ours_float).max() <= 1.01 / 255  # ours truncates to bytes
-    note = json.loads((folder / "disback.json").read_text())
-    assert note["conditioning_timestep"] == 399 and note["checkpoint"] == "step-00000008"
-    # The weights are the averaged ones of the last checkpoint.
-    last = run.folder / "backtrack" / "checkpoints" / "step-00000008" / "weights"
-    assert weights_hash(folder / "unet") == weights_hash(last)
