@@ -44,7 +44,7 @@ ALIKE = ("loss/fake_score", "mismatch", "grad_norm/generator", "grad_norm/fake_s
 KINDS = {"sdxl": "sdxl", "sd15": "sd", "sd21": "sd", "sd3": "sd3"}  # miniature: family
 SMALLEST = {"unet_channels": (16, 32), "vae_channels": (16, 16), "text_widths": (8, 8), "pooled": 16}  # of a miniature
 PROMPTS = ["a handwritten seven", "the digit two, written by hand", "a small drawing of a nine"]
-STAGES = ("zero0", "zero1", "zero2", "sharded")  # the last is `sharded_zero3`
+STAGES = ("zero0", "zero2", "sharded")  # the last is `sharded_zero3`; ZeRO 1 is the same class of DeepSpeed as 2
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
 # Two programs that compute the same (one process and two, a bare network and a wrapped one, a whole batch and its parts)
 # may sum in another order: their outputs agree to a few units of float32's last place. Only the same program run twice,
@@ -56,7 +56,6 @@ EPS = ("backtrack.generator.eps=1e-4", "backtrack.fake_score.eps=1e-4", "record.
 PARITY = (*EPS, "backtrack.accumulation=2", "backtrack.fake_updates=2", "backtrack.clip=0.05", "backtrack.steps=8")
 RECORDING = (*EPS, "record.nodes=3", "record.clip=0.05", "record.accumulation=2")
 GAN = ("gan.enabled=true", "gan.generator_weight=0.5", "gan.head_weight=0.5")  # weights that leave a mark in few steps
-GAN_STAGES = {True: ("zero2", "sharded"), False: ("sharded",)}  # by shared_pass
 # LoRA in place of whole networks; alpha / rank is not 1, so that forgetting it shows.
 LORA = ("lora.rank=4", "lora.alpha=2", "record.optimizer.lr=2e-3")
 LORA += ("backtrack.generator.lr=1e-3", "backtrack.fake_score.lr=1e-3")

@@ -50,17 +50,17 @@ for line in sys.argv[1:]:
 
 
 def test_what_is_imported(root, tmp_path):
-    """Help, `status` and `report` load no torch; building shards and plans no DeepSpeed."""
+    """Help, `status` and `report` load no torch, building shards no DeepSpeed. tests/planner has `plan`."""
     run = shutil.copytree(root / "base", tmp_path / "run")
-    config = f"--config {support.TINY} run={run} pipeline={run / 'pipeline'}"
+    config = f"--config {support.TINY} run={run}"
     calls = ["--help", "plan --help", "shards --help", "report --help", f"status {run}", f"report {config}"]
-    calls += [f"shards --digits --out {tmp_path / 'digits'}", f"plan {config}"]
+    calls += [f"shards --digits --out {tmp_path / 'digits'}"]
     command = [sys.executable, "-c", IMPORTS, *calls]
     done = subprocess.run(command, capture_output=True, text=True, env=support.environment())
     assert done.returncode == 0, done.stderr
     loaded = [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("loaded:")]
-    assert loaded[:6] == [set()] * 6 and loaded[6] <= {"torch"} and loaded[7] <= {"torch", "diffusers"}
-    assert "FITS" in done.stdout.upper() and (run / "report.html").exists()
+    assert loaded[:6] == [set()] * 6 and loaded[6] <= {"torch"}
+    assert (run / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def by_one(root, world, by_two):
     """The same, saved by one process; and one that two ranks began, for two others to end."""
     for stage in support.STAGES:
         stop_training(root, f"one-{stage}", world, stage, at=3)
-    stop_training(root, "there-and-back", world, "zero2", 5, "backtrack.accumulation=1")
+    stop_training(root, "there-and-back", world, "zero1", 5, "backtrack.accumulation=1")
     stop_recording(root, "recording-parts", world, recording_flags(root, "parts"), 5)
     support.ranks("elastic_load", root)
     return root
@@ -112,7 +112,7 @@ def saved_whole(folder: Path, role: str, names: list[str]) -> dict[tuple[str, st
     [
         ("two-bf16", "sharded", "bf16"),
         ("two-bf16", "zero1", "bf16"),
-        ("two-zero1", "sharded", "fp32"),
+        ("two-zero2", "sharded", "fp32"),
         ("one-sharded", "zero0", "fp32"),
         ("one-zero0", "zero2", "fp32"),
     ],

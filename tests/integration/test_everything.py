@@ -1,5 +1,5 @@
 """Adapters, GAN term, accumulation, clipping and recomputed activations at once: two or four processes train what one
-trains, at every ZeRO stage."""
+trains, at ZeRO 0, 2 and 3. The other tests with two ranks switch on less, and see more of it."""
 
 import pytest
 import support

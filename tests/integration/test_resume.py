@@ -76,8 +76,8 @@ def test_two_ranks_interrupted_twice(root, two_ranks, stage):
 def test_one_rank_of_two_cannot_write(two_ranks, stage):
     """Rank 1 hits its limit on file sizes: both ranks end with the same message."""
     messages = json.loads((two_ranks / f"messages-{stage}.json").read_text())
-    assert messages[0] == messages[1] and "step-00000004" in messages[0]
-    assert "step 5 could not be saved: rank 1: [Errno 27] File too large" in messages[0]
+    assert messages[0] == messages[1] and "step-00000002" in messages[0]
+    assert "step 3 could not be saved: rank 1: [Errno 27] File too large" in messages[0]
 
 
 @pytest.mark.slow

@@ -105,13 +105,11 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_skipped(root, world, st
 @pytest.mark.slow
 def test_one_bad_rank_of_two(root):
     support.ranks("poison", root)
-    for stage in ("zero0", "zero2"):
-        weights = torch.load(root / "poison" / f"{stage}.pt")
-        start = load_network(root / "base" / "pipeline" / "unet").state_dict()
-        assert all(torch.isfinite(w).all() for w in weights.values())
-        assert any(not torch.equal(weights[f"generator.{k}"], v) for k, v in start.items())
-        lines = support.metrics(root / f"poison-{stage}" / "backtrack")
-        assert lines[-1]["skipped_updates"] == 1
+    weights = torch.load(root / "poison" / "zero2.pt")
+    start = load_network(root / "base" / "pipeline" / "unet").state_dict()
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert any(not torch.equal(weights[f"generator.{k}"], v) for k, v in start.items())
+    assert support.metrics(root / "poison-zero2" / "backtrack")[-1]["skipped_updates"] == 1
 
 
 def test_a_run_that_leaves_everything_out_ends_with_its_last_good_checkpoint(root, world):
