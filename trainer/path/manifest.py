@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from models.settings import LoraSettings
+from trainer.checkpoint.files import write_text
 from trainer.distributed.world import World, from_main
 from trainer.errors import UserError
 
@@ -79,9 +79,7 @@ def write_manifest(
         **_kind(lora),
         "nodes": [asdict(node) for node in nodes],
     }
-    temporary = root / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, root / MANIFEST)
+    write_text(json.dumps(record, indent=2) + "\n", root / MANIFEST)
 
 
 def _kind(lora: LoraSettings) -> dict:

@@ -1,7 +1,6 @@
 """The metrics of a stage: one JSON line per logging interval, TensorBoard, and a progress line with the time left."""
 
 import json
-import os
 import resource
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from data.sampling_order import BatchSplit
 from trainer.checkpoint.directory import step_name
+from trainer.checkpoint.files import write_text
 from trainer.distributed.logs import duration, log
 from trainer.distributed.world import World, mean_over_ranks
 from trainer.planner.flops import PEAK_TFLOPS
@@ -94,9 +94,7 @@ class MetricsWriter:
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= first]
-        temporary = path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_text("".join(kept), path, durable=False)
         self.file = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
