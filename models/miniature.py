@@ -61,13 +61,14 @@ def _unet(settings: MiniatureSettings) -> UNet2DConditionModel:
         }
     else:
         added = {"cross_attention_dim": settings.text_widths[0]}
+    levels = len(settings.unet_channels)
     return UNet2DConditionModel(
-        sample_size=settings.resolution // 2,
+        sample_size=settings.latent_side,
         in_channels=settings.latent_channels,
         out_channels=settings.latent_channels,
         block_out_channels=settings.unet_channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
+        up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
         layers_per_block=1,
         norm_num_groups=8,
         attention_head_dim=settings.heads,  # diffusers' name for the number of heads
@@ -79,7 +80,7 @@ def _unet(settings: MiniatureSettings) -> UNet2DConditionModel:
 def _transformer(settings: MiniatureSettings) -> SD3Transformer2DModel:
     width = settings.unet_channels[0]
     return SD3Transformer2DModel(
-        sample_size=settings.resolution // 2,
+        sample_size=settings.latent_side,
         patch_size=2,
         in_channels=settings.latent_channels,
         out_channels=settings.latent_channels,
@@ -89,7 +90,7 @@ def _transformer(settings: MiniatureSettings) -> SD3Transformer2DModel:
         joint_attention_dim=sum(settings.text_widths),
         caption_projection_dim=width,
         pooled_projection_dim=2 * settings.pooled,
-        pos_embed_max_size=settings.resolution // 4,
+        pos_embed_max_size=settings.latent_side // 2,
     )
 
 
@@ -102,8 +103,8 @@ def _t5(settings: MiniatureSettings, vocabulary: int) -> T5EncoderModel:
 def _vae(settings: MiniatureSettings) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=settings.vae_channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        down_block_types=("DownEncoderBlock2D",) * len(settings.vae_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(settings.vae_channels),
         layers_per_block=1,
         latent_channels=settings.latent_channels,
         norm_num_groups=8,

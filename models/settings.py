@@ -62,16 +62,17 @@ class LoraSettings(_Settings):
 
 
 class MiniatureSettings(_Settings):
-    """The miniature pipeline. Images of `resolution` pixels become latents of half the side."""
+    """The miniature pipeline. Each level of the autoencoder after the first halves the side of the latents, and each level
+    of the UNet after the first that of its features."""
 
     family: Literal["sdxl", "sd15", "sd21", "sd3"] = "sdxl"
     """sdxl, sd15 (epsilon), sd21 (v prediction) or sd3 (a transformer with flow prediction)"""
     resolution: int = 8
     """side of the images, in pixels"""
-    unet_channels: tuple[int, int] = (48, 96)
-    """channels of the UNet's two levels; the first is the width of an sd3 transformer"""
-    vae_channels: tuple[int, int] = (32, 64)
-    """channels of the autoencoder's two levels"""
+    unet_channels: tuple[int, ...] = Field((48, 96), min_length=1)
+    """channels of the UNet's levels, all but the first with attention; the first is the width of an sd3 transformer"""
+    vae_channels: tuple[int, ...] = Field((32, 64), min_length=1)
+    """channels of the autoencoder's levels"""
     latent_channels: int = 4
     """channels of the latents"""
     heads: int = 2
@@ -84,3 +85,18 @@ class MiniatureSettings(_Settings):
     """length of a caption in tokens; attention over 77 mostly padded tokens is wasted work here"""
     seed: int = 0
     """seed of the initial weights"""
+
+    @property
+    def latent_side(self) -> int:
+        """Side of the latents."""
+        return self.resolution // 2 ** (len(self.vae_channels) - 1)
+
+    @model_validator(mode="after")
+    def _sides(self) -> "MiniatureSettings":
+        levels = len(self.vae_channels) + (1 if self.family == "sd3" else len(self.unet_channels) - 1) - 1
+        if self.resolution % 2**levels:
+            raise ValueError(
+                f"resolution={self.resolution} cannot be halved {levels} times, as the levels of vae_channels "
+                f"{list(self.vae_channels)} and unet_channels {list(self.unet_channels)} do"
+            )
+        return self
