@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 
 from data.errors import DataError
-from data.shard_index import load_index
-from data.shard_writer import list_shards, write_shards
+from data.shard_writer import ensure_shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = (
@@ -45,23 +44,9 @@ def build_digits(out: Path, seed: int = 0, heldout: float = 0.25) -> dict[str, i
     split = train_test_split(rows, test_size=heldout, stratify=classes, random_state=seed)
     parts = dict(zip((TRAIN, HELDOUT), split, strict=True))
     for prefix, part in parts.items():
-        if not _is_built(out, prefix, part):
-            samples = _samples(images[part].reshape(-1, 8, 8), classes[part], part, seed)
-            write_shards(samples, out, prefix, PER_SHARD, overwrite=True)
+        samples = _samples(images[part].reshape(-1, 8, 8), classes[part], part, seed)
+        ensure_shards([_key(row) for row in part], samples, out, prefix, PER_SHARD)
     return {prefix: len(part) for prefix, part in parts.items()}
-
-
-def _is_built(out: Path, prefix: str, rows: np.ndarray) -> bool:
-    existing = [key.decode() for shard in list_shards(out, prefix) for key in load_index(shard).keys]
-    expected = [_key(row) for row in rows]
-    if existing == expected:
-        return True
-    if existing != expected[: len(existing)]:
-        raise DataError(
-            f"{out} has other {prefix}-*.tar (another seed or share of held-out digits, or not digits): "
-            "choose another folder, or remove them"
-        )
-    return False
 
 
 def _key(row: int) -> str:

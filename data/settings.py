@@ -12,6 +12,8 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """training shards: a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these"""
     heldout: str | list[str] = ""
     """held-out shards that evaluation compares with, named in the same ways"""
+    labelled: str | list[str] = ""
+    """shards that the classifier of a demo's scores is trained on (default: those of `train`)"""
     resolution: int = Field(1024, ge=8)
     """side of the square training images, in pixels"""
     workers: int = Field(0, ge=0)

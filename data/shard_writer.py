@@ -9,7 +9,7 @@ from pathlib import Path
 import webdataset
 
 from data.errors import DataError
-from data.shard_index import build_index, index_file, save_index
+from data.shard_index import build_index, index_file, load_index, save_index
 
 
 def write_shards(
@@ -42,6 +42,20 @@ def write_shards(
         stale.unlink()
         index_file(stale).unlink(missing_ok=True)
     return shards
+
+
+def ensure_shards(keys: list[str], samples: Iterable[dict], out: Path, prefix: str, per_shard: int) -> None:
+    """Writes samples with these keys as `write_shards` does, unless their shards exist; an interrupted build starts over.
+    `samples` is only iterated if needed. Raises DataError if the folder has other shards of this prefix."""
+    existing = [key.decode() for shard in list_shards(out, prefix) for key in load_index(shard).keys]
+    if existing == keys:
+        return
+    if existing != keys[: len(existing)]:
+        raise DataError(
+            f"{out} has other {prefix}-*.tar (made with another seed or version, or of something else): choose another "
+            "folder, or remove them"
+        )
+    write_shards(samples, out, prefix, per_shard, overwrite=True)
 
 
 def list_shards(out: Path, prefix: str) -> list[Path]:

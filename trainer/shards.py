@@ -20,6 +20,14 @@ def digits(args: argparse.Namespace) -> None:
     print(f"{out}: " + ", ".join(f"{count} {name} samples" for name, count in counts.items()))
 
 
+def emoji(args: argparse.Namespace) -> None:
+    from data.emoji import CREDIT, build_emoji
+
+    out = args.out or Path("shards/emoji")
+    counts = build_emoji(out, args.seed)
+    print(f"{out}: " + ", ".join(f"{count} {name} samples" for name, count in counts.items()) + f". Emoji: {CREDIT}")
+
+
 def images(args: argparse.Namespace) -> None:
     from data.image_folder import build_from_folder
 
@@ -65,13 +73,16 @@ def encode(args: argparse.Namespace) -> None:
     encode_shards(paths, args.out, encoding, part, args.batch, args.workers)
 
 
-ACTIONS = {"digits": digits, "images": images, "index": index, "validate": validate, "encode": encode}
+ACTIONS = {"emoji": emoji, "digits": digits, "images": images, "index": index, "validate": validate, "encode": encode}
 
 
 def _parser() -> Parser:
     parser = Parser(prog="disback shards", description="Builds, encodes, indexes and validates WebDataset shards.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--digits", action="store_true", help="scikit-learn's 1,797 handwritten digits, for the demo")
+    what.add_argument("--emoji", action="store_true", help="captioned colour emoji (OpenMoji), for the demo")
+    what.add_argument(
+        "--digits", action="store_true", help="scikit-learn's 1,797 handwritten digits, for the small demo"
+    )
     what.add_argument("--images", type=Path, metavar="DIR", help="every image below a folder, with its caption")
     what.add_argument(
         "--index", metavar="SHARDS", help="(re)build the index of a folder, glob or brace pattern of tars"
@@ -81,7 +92,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--captions", type=Path, metavar="FILE", help="with --images: .json, .jsonl or .tsv of captions"
     )
-    parser.add_argument("--out", type=Path, help="folder to write into (default for --digits: shards/digits)")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write into (default for --emoji and --digits: shards/emoji, shards/digits)"
+    )
     parser.add_argument("--per-shard", type=int, default=1000, help="samples per shard (default 1000)")
     parser.add_argument("--decode", action="store_true", help="with --validate: decode every image too")
     encoding = parser.add_argument_group(
