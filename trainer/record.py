@@ -78,6 +78,11 @@ class Recording(DenoiserStage):
     def host_values(self, step: int) -> dict:
         return super().host_values(step) | {"distance": self.candidates.distance}
 
+    def compute(self, step: int) -> float:
+        """With the passes of the probe: its samples, the teacher's predictions, and those of each measurement."""
+        passes = len(self.student.timesteps) + 1 + self.candidates.measurements(step)
+        return super().compute(step) + passes * self.settings.probe / self.run.settings.backtrack.batch
+
     def preview(self) -> Tensor:
         """Samples of the fine-tuned network, at the teacher's settings."""
         steps = self.run.settings.sample.steps

@@ -92,7 +92,7 @@ class Candidates:
     def consider(self, network: Role, step: int) -> None:
         """Saves the network as a candidate after `step` finished steps, if it is one. Every rank must call it."""
         last = step == self.last_step
-        if not self._due(step, last):
+        if self.measurements(step) == self.measurements(step - 1):
             return
         prediction = self._predict(network)
         self.distance = self.score_distance(prediction, self.teacher)
@@ -106,11 +106,12 @@ class Candidates:
         while len(self.steps) > 2 * self.settings.nodes:
             self._drop_nearest()
 
-    def _due(self, step: int, last: bool) -> bool:
+    def measurements(self, step: int) -> int:
+        """How often the distance has been measured after `step` finished steps."""
         if self.settings.spacing == "steps":
-            nodes = self.settings.nodes
-            return step * nodes // self.last_step > (step - 1) * nodes // self.last_step
-        return last or step % self.settings.probe_every == 0
+            return step * self.settings.nodes // self.last_step
+        extra = step == self.last_step and step % self.settings.probe_every != 0
+        return step // self.settings.probe_every + extra
 
     def _drop_nearest(self) -> None:
         """Drops the candidate whose two gaps together are smallest; never the newest, which may be the last node."""

@@ -134,7 +134,8 @@ class Loop:
             )
 
     def position(self, step: int) -> dict:
-        return {"images_seen": step * self.stage.batch, "time": self.clock.seconds}
+        stage = self.stage
+        return {"images_seen": step * stage.batch, "time": self.clock.seconds, "compute": stage.compute(step)}
 
     def preview(self, step: int) -> None:
         grid = self.stage.preview()

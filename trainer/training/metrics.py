@@ -16,7 +16,7 @@ from trainer.distributed.world import World, mean_over_ranks
 from trainer.planner.flops import PEAK_TFLOPS
 
 KEYS = (
-    "step images_seen time step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu save_seconds "
+    "step images_seen time compute step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu save_seconds "
     "loss/fake_score loss/gan_generator loss/gan_head grad_norm/generator grad_norm/fake_score "
     "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch sample_spread "
     "skipped_samples skipped_updates"

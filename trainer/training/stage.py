@@ -53,6 +53,7 @@ class Stage(ABC):
         self.parts: dict[str, StatePart] = {"meters": self.meters, "skipped": self.skipped}
         self.update_every: dict[str, int] = {}
         self.flops = 0.0
+        self.forwards = 0.0
         self.identity = self._identity()
         set_tf32(run.settings.network.tf32)
         if self.dataset.rejected:
@@ -137,6 +138,11 @@ class Stage(ABC):
         """The learning rate of every trained role at a step."""
         return {name: learning_rate(role.settings, step, self.steps) for name, role in self.trained.items()}
 
+    def compute(self, step: int) -> float | None:
+        """Forward-equivalents of the first `step` steps: passes of the denoiser on a batch of `backtrack.batch` samples,
+        where a backward pass counts twice. None for a stage without a denoiser."""
+        return self.forwards * step * self.batch / self.run.settings.backtrack.batch or None
+
     def micro_batches(self) -> Iterator[Batch]:
         """The micro-batches of one step; the time spent waiting for them is metered."""
         for _ in range(self.settings.accumulation):
@@ -196,11 +202,12 @@ class DenoiserStage(Stage):
         return self.sampler.text.encode_or_load(batch.captions, batch.cached, time_ids)
 
     def count_flops(self, per_sample: Callable[..., float], role: Role, gan: bool = False, lora: bool = True) -> None:
-        """Sets `flops` by a function of trainer.planner.flops and a role's measured passes."""
+        """Sets `flops` and `forwards` by a function of trainer.planner.flops and a role's measured passes."""
         settings: RunSettings = self.run.settings
         adapters = {"lora": settings.lora} if lora else {}
         cost = pass_flops(role.config, self.sampler.latent_shape, self.sampler.text.tokens, gan, **adapters)
-        self.flops = per_sample(settings, cost) * self.local_batch
+        flops = per_sample(settings, cost)
+        self.flops, self.forwards = flops * self.local_batch, flops / cost.forward
 
     def grid(self, make: Callable[[list[str], ImageNoise], Tensor]) -> Tensor:
         """The preview grid of `make`, which turns captions and noise into uint8 images [B, 3, H, W]."""
