@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,35 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[f
     precision = (between <= radii(real.double())[None, :]).any(1).double().mean()
     recall = (between <= radii(fake.double())[:, None]).any(0).double().mean()
     return float(precision), float(recall)
+
+
+class PixelComponents:
+    """The first principal components of a set of images: features that no classifier has chosen, so that what a classifier
+    overlooks still counts. Images above 32 pixels are averaged down to 32 first."""
+
+    side = 32
+
+    def __init__(self, images: Tensor, components: int = 32):
+        """Fits `components` directions to images as from `pixels`, [N, P]."""
+        self.mean = images.mean(0)
+        directions = torch.linalg.svd((images - self.mean).double(), full_matrices=False).Vh[:components]
+        self.directions = directions.to(images.dtype)
+
+    @classmethod
+    def pixels(cls, images: Tensor) -> Tensor:
+        """uint8 images [N, 3, H, W] as rows of float pixels in [-1, 1], [N, P]."""
+        images = images.float() / 127.5 - 1
+        if images.shape[-1] > cls.side:
+            images = nn.functional.adaptive_avg_pool2d(images, cls.side)
+        return images.flatten(1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 images [N, 3, H, W] to features [N, components]."""
+        return self.project(self.pixels(images))
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """Rows as from `pixels` to features [N, components]."""
+        return (pixels - self.mean) @ self.directions.T
 
 
 def spread(x0: Tensor) -> Tensor:

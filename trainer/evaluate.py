@@ -10,110 +10,153 @@ import yaml
 from torch import Tensor
 from torchvision.io import write_png
 
-from models.image_metrics import Moments, frechet_distance, kernel_distance, precision_recall
+from models.image_metrics import Moments, PixelComponents, frechet_distance, kernel_distance, precision_recall
 from models.pipeline import replace_folder
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.distributed.logs import log
-from trainer.distributed.world import barrier, from_main, gather_rows, sum_over_ranks
+from trainer.distributed.world import World, barrier, from_main, gather_rows, sum_over_ranks
 from trainer.entry import exit_with, run_verb
-from trainer.evaluation.features import FEATURES, FeatureNetwork, to_bytes
-from trainer.evaluation.sources import Source, find_source
+from trainer.evaluation.features import ClassifierFeatures, FeatureNetwork, as_shares, count_correct, to_bytes
+from trainer.evaluation.sources import OpenSource, Source, find_source
 from trainer.training.preview import grid
 from trainer.training.run import Run
 
-KEYS = "fid patch_fid kid precision recall clip_score class_accuracy images seed features reference checkpoint".split()
+KEYS = (
+    "fid patch_fid kid pixel_fd precision recall clip_score class_accuracy colour_accuracy heldout_class_accuracy "
+    "heldout_colour_accuracy images seed features reference credit checkpoint"
+).split()
 GRID = 60
 
 
 @dataclass
 class Reference:
-    """The held-out images: their features over all ranks, and the captions (and classes) to generate images for."""
+    """The held-out images: their features over all ranks, and the captions and .json to generate images for."""
 
     name: str
     features: Tensor
+    components: PixelComponents
+    pixels: Moments
     captions: list[str]
-    classes: list[int | None]
+    metas: list[dict]
+
+    @property
+    def credit(self) -> str | None:
+        """Whom the images are from, if their .json says so."""
+        return "; ".join(sorted({str(meta["credit"]) for meta in self.metas if meta.get("credit")})[:3]) or None
 
 
 @dataclass
 class Generated:
-    """This rank's part of the generated images. correct: how many have their caption's class. shown: for the grid."""
+    """This rank's part of the generated images. correct: as `count_correct`. shown: for the grid."""
 
     features: Tensor
-    correct: Tensor
+    pixels: Tensor
+    correct: dict[str, Tensor]
     shown: list[Tensor]
 
 
 def real_images(run: Run, network: FeatureNetwork) -> Reference:
     """The held-out shards; every rank reads its part of the images."""
-    dataset = run.dataset("heldout", ("image", "caption", "meta"))
-    mine, size = [], run.settings.evaluate.batch
-    rows = list(range(run.world.rank, len(dataset), run.world.size))
+    dataset, world = run.dataset("heldout", ("image", "caption", "meta")), run.world
+    features, pixels, size = [], [], run.settings.evaluate.batch
+    rows = list(range(world.rank, len(dataset), world.size))
     for first in range(0, len(rows), size):
         images = torch.stack([dataset.read(row)["image"] for row in rows[first : first + size]])
-        mine.append(network(to_bytes(images).to(run.world.device))[0])
+        images = to_bytes(images).to(world.device)
+        features.append(network(images)[0])
+        pixels.append(PixelComponents.pixels(images))
     samples = [dataset.read_text(row) for row in range(len(dataset))]
-    name, classes = str(run.settings.data.heldout), [s["meta"].get("class") for s in samples]
-    return Reference(name, gather_rows(torch.cat(mine), run.world), [s["caption"] for s in samples], classes)
+    pixels = gather_rows(torch.cat(pixels), world)
+    components = PixelComponents(pixels)
+    return Reference(
+        str(run.settings.data.heldout),
+        gather_rows(torch.cat(features), world),
+        components,
+        Moments.of(components.project(pixels)),
+        [sample["caption"] for sample in samples],
+        [sample["meta"] for sample in samples],
+    )
 
 
-def generate(run: Run, source: Source, network: FeatureNetwork, reference: Reference) -> Generated:
+def generate(run: Run, source: Source, opened: OpenSource, network: FeatureNetwork, reference: Reference) -> Generated:
     """Generates this rank's images, cycling through the held-out captions."""
     settings, world, began = run.settings.evaluate, run.world, time.monotonic()
-    opened = source.open(run)
     mine = list(range(world.rank, settings.images, world.size))
-    features, correct, shown = [], torch.zeros(1, dtype=torch.float64, device=world.device), []
+    features, pixels, metas, shown, found = [], [], [], [], {key: [] for key in network.labels.values()}
     for first in range(0, len(mine), settings.batch):
         part = mine[first : first + settings.batch]
         rows = [i % len(reference.captions) for i in part]
         images = opened.images([reference.captions[i] for i in rows], settings.seed, part)
-        found, logits = network(images)
-        features.append(found)
-        if network.classes:
-            classes = torch.tensor([reference.classes[i] for i in rows], device=logits.device)
-            correct += (logits.argmax(1) == classes).double().sum()
+        seen, classes = network(images)
+        features.append(seen)
+        pixels.append(reference.components(images))
+        metas += [reference.metas[i] for i in rows]
+        for key, numbers in classes.items():
+            found[key].append(numbers)
         if world.main:
             shown += images[: GRID - len(shown)].cpu()
         done = min((first + settings.batch) * world.size, settings.images)
         if first // settings.batch % 4 == 3 or done == settings.images:
             left = (time.monotonic() - began) / done * (settings.images - done)
             log.info(f"evaluate {source.name}: {done}/{settings.images} images, ETA {left:.0f} s")
-    return Generated(torch.cat(features), correct, shown)
+    correct = count_correct(network, {key: torch.cat(numbers) for key, numbers in found.items()}, metas)
+    return Generated(torch.cat(features), torch.cat(pixels), correct, shown)
 
 
 def evaluate_one(run: Run, source: Source, network: FeatureNetwork, reference: Reference) -> dict:
     """Generates images, scores them and writes eval/<what>/; returns the metrics. Every rank must call it."""
     settings, world = run.settings.evaluate, run.world
-    made = generate(run, source, network, reference)
-    moments = Moments(sum_over_ranks(Moments.of(made.features).stack, world), made.features.shape[1])
+    opened = source.open(run)
+    made = generate(run, source, opened, network, reference)
     features = gather_rows(made.features, world)
     precision, recall = precision_recall(features, reference.features)
     record = dict.fromkeys(KEYS) | {
-        "fid": frechet_distance(moments, Moments.of(reference.features)),
+        "fid": frechet_distance(_moments(made.features, world), Moments.of(reference.features)),
         "kid": kernel_distance(features, reference.features),
+        "pixel_fd": frechet_distance(_moments(made.pixels, world), reference.pixels),
         "precision": precision,
         "recall": recall,
         "images": settings.images,
         "seed": settings.seed,
         "features": network.name,
         "reference": f"{reference.name} ({len(reference.features)} images)",
+        "credit": reference.credit,
         "checkpoint": str(source.weights),
     }
-    if network.classes:
-        record["class_accuracy"] = float(sum_over_ranks(made.correct, world)) / settings.images
+    record |= as_shares({name: sum_over_ranks(counts.to(world.device), world) for name, counts in made.correct.items()})
     if world.main:
-        _write(run, source, record, made.shown)
+        _write(run, source, record, made.shown, _prompt_images(run, opened))
     barrier(world)
     return record
 
 
-def _write(run: Run, source: Source, record: dict, shown: list[Tensor]) -> None:
+def _moments(features: Tensor, world: World) -> Moments:
+    """The moments of all ranks' features."""
+    return Moments(sum_over_ranks(Moments.of(features).stack, world), features.shape[1])
+
+
+def _prompt_images(run: Run, opened: OpenSource) -> Tensor | None:
+    """One image per prompt of `sample.prompts`, side by side, [3, H, N W]: a row of the report's figure."""
+    sample = run.settings.sample
+    if not sample.prompts:
+        return None
+    numbers = list(range(len(sample.prompts)))
+    images = [
+        opened.images(sample.prompts[first : first + sample.batch], sample.seed, numbers[first : first + sample.batch])
+        for first in range(0, len(numbers), sample.batch)
+    ]
+    return torch.cat(list(torch.cat(images).cpu()), dim=2)
+
+
+def _write(run: Run, source: Source, record: dict, shown: list[Tensor], prompts: Tensor | None) -> None:
     folder = run.folder / "eval" / source.name
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     sample = run.settings.sample
     write_png(grid(torch.stack(shown), sample.enlarge, columns=10), str(temporary / "grid.png"))
+    if prompts is not None:
+        write_png(prompts, str(temporary / "prompts.png"))
     used = {
         "evaluate": run.settings.evaluate.model_dump(),
         "sampling_steps": len(source.timesteps) if source.timesteps else sample.steps,
@@ -137,7 +180,7 @@ def evaluate(run: Run) -> None:
     the run's generator is written."""
     run.stage_folder("eval", training=False)
     settings = run.settings.evaluate
-    network = FEATURES[settings.features](run)
+    network = ClassifierFeatures(run)
     reference = real_images(run, network)
     while settings.watch:
         finished = from_main((run.folder / "generator" / "model_index.json").exists(), run.world)

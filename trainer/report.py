@@ -10,8 +10,8 @@ from trainer.checkpoint.files import write_text
 from trainer.config.schema import RunSettings
 from trainer.entry import exit_with, settings_verb
 from trainer.errors import UserError
-from trainer.evaluation.plots import curves, evaluated
-from trainer.evaluation.results import Results, Row, as_json, as_text, table
+from trainer.evaluation.plots import curves, evaluated, prompt_rows
+from trainer.evaluation.results import Results, Row, as_json, as_text, cells, table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -40,12 +40,9 @@ def _section(title: str, *figures: str, small: bool = False, note: str = "") -> 
 
 
 def _table(rows: list[Row]) -> str:
-    def cell(value: object) -> str:
-        return f"<td>{'&ndash;' if value is None else f'{value:.4g}' if isinstance(value, float) else html.escape(str(value))}</td>"
-
-    heads = ["", "steps per image", "generator updates", "FID", "class accuracy", "images", "training, s"]
-    body = "".join("<tr>" + "".join(cell(v) for v in vars(row).values()) + "</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr>{body}</table>"
+    heads, *body = cells(rows)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in body]
+    return f"<table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in heads)}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _grids(run: Results, stage: str, most: int = 6) -> list[str]:
@@ -66,7 +63,7 @@ def _evaluation_grids(runs: list[Results]) -> list[str]:
     return [_figure(file.read_bytes(), text) for file, text in files if file.exists()]
 
 
-def page(runs: list[Results], rows: list[Row]) -> str:
+def page(runs: list[Results], rows: list[Row], figure: bytes | None) -> str:
     """The whole page, without references to other files: table, pictures, curves, settings."""
     main = runs[0]
     nodes = []
@@ -74,12 +71,19 @@ def page(runs: list[Results], rows: list[Row]) -> str:
     if manifest.exists():
         nodes = json.loads(manifest.read_text())["nodes"]
     scores = main.evaluation("generator") or main.evaluation("teacher")
-    note = f"FID and class accuracy by {scores['features']}, against {scores['reference']}." if scores else ""
+    note = ""
+    if scores:
+        note = (
+            f"FID, KID, precision, recall and accuracies by the {scores['features']}; pixel FD on principal components of the "
+            f"pixels; all against {scores['reference']}. Compute is in forward passes on one batch. New classes and "
+            "colours are of combinations that training never showed."
+        )
     recorded = [n["step"] for n in nodes[1:]]
     spots = "; ".join(f"node {n['index']}: step {n['step']}, distance {n['distance_to_node_0']:.4f}" for n in nodes)
     parts = [
         f"<h1>{html.escape(str(main.folder))}</h1><p>{html.escape(note)}</p>",
         _table(rows) if rows else "",
+        _section("Prompts", _figure(figure)),
         _section(
             "Generated images",
             *_evaluation_grids(runs),
@@ -112,6 +116,7 @@ def page(runs: list[Results], rows: list[Row]) -> str:
             *_grids(main, "pretrain", 3),
         ),
         f"<h2>Configuration</h2><pre>{html.escape((main.folder / 'config.yaml').read_text())}</pre>",
+        f"<p>Training images: {html.escape(scores['credit'])}</p>" if scores and scores.get("credit") else "",
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(main.folder.name)}</title>'
@@ -120,7 +125,7 @@ def page(runs: list[Results], rows: list[Row]) -> str:
 
 
 def report(settings: RunSettings) -> None:
-    """Writes report.html and summary.json into the run folder and prints the table. Under a launcher, rank 0 does it."""
+    """Writes report.html, figure.png and summary.json into the run folder and prints the table. Under a launcher, rank 0 does it."""
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return
     main = settings.folder
@@ -128,7 +133,10 @@ def report(settings: RunSettings) -> None:
     runs = [Results(folder) for folder in (main, *others)]
     rows, out = table(runs), main / "report.html"
     try:
-        write_text(page(runs, rows), out)
+        figure = prompt_rows(runs[0])
+        if figure:
+            (main / "figure.png").write_bytes(figure)
+        write_text(page(runs, rows, figure), out)
         write_text(as_json(rows), main / "summary.json")
     except OSError as error:
         raise UserError(f"{main}: the report cannot be written: {error.strerror}") from error

@@ -27,16 +27,21 @@ def write(file: Path, *lines: dict) -> None:
 
 
 def scores(fid: float, accuracy: float | None = 0.5) -> dict:
-    return {"fid": fid, "class_accuracy": accuracy, "images": 64, "features": "digits", "reference": "held-out"}
+    found = {"fid": fid, "class_accuracy": accuracy, "images": 64}
+    return found | {"features": "digits", "reference": "held-out", "credit": "somebody <b>"}
 
 
-def make_run(folder: Path, kind: str = "walk", **places: str) -> Path:
+def make_run(folder: Path, kind: str = "walk", last: int = 10, **places: str) -> Path:
     """A run folder with results, as small as they can be."""
-    config = {"backtrack": {"path": kind, "fake_updates": 5}, "sample": {"steps": 25}, "path": "", "pipeline": ""}
+    sample = {"steps": 25, "prompts": ["a seven", "an eight", "a nine <3"]}
+    config = {"backtrack": {"path": kind, "fake_updates": 5}, "sample": sample, "path": "", "pipeline": ""}
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config | places))
     keys = {"mismatch": 0.5, "target_node": 3, "loss/fake_score": 1.0, "grad_norm/generator": None}
-    write(folder / "backtrack" / "metrics.jsonl", *({"step": s, "time": 2.0 * s} | keys for s in (5, 10)))
+    write(
+        folder / "backtrack" / "metrics.jsonl",
+        *({"step": s, "time": 2.0 * s, "compute": 9.0 * s} | keys for s in range(5, last + 1, 5)),
+    )
     with (folder / "backtrack" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "ti')  # being written
     for what, fid in (("generator", 3.0), (step_name(10), 3.0), (step_name(5), 4.0)):
@@ -51,7 +56,12 @@ def runs(tmp_path) -> list[Path]:
     for what, fid in (("teacher", 1.0), ("start", 90.0)):
         write(run / "eval" / what / "metrics.json", scores(fid))
     write(run / "pretrain" / "metrics.jsonl", {"step": 1, "time": 7.0, "loss/teacher": 1.0})
-    write(run / "record" / "metrics.jsonl", {"step": 1, "time": 3.0, "distance": 0.1, "loss/fake_score": 1.0})
+    write(
+        run / "record" / "metrics.jsonl",
+        {"step": 1, "time": 3.0, "compute": 30.0, "distance": 0.1, "loss/fake_score": 1.0},
+    )
+    for what in ("teacher", "start", "generator"):
+        write_png(torch.zeros(3, 8, 24, dtype=torch.uint8), str(run / "eval" / what / "prompts.png"))
     nodes = [{"index": i, "step": 10 * i, "distance_to_node_0": 0.1 * i} for i in range(3)]
     write(run / "path" / "path.json", {"nodes": nodes})
     (run / "backtrack" / "samples").mkdir()
@@ -60,7 +70,7 @@ def runs(tmp_path) -> list[Path]:
             torch.zeros(3, 4, 4, dtype=torch.uint8), str(run / "backtrack" / "samples" / f"{step_name(step)}.png")
         )
     places = {"path": str(run / "path"), "pipeline": str(run / "pipeline")}
-    return [run, make_run(tmp_path / "none", "none", **places), make_run(tmp_path / "warm", "warm", **places)]
+    return [run, make_run(tmp_path / "none", "none", last=15, **places), make_run(tmp_path / "warm", "warm", **places)]
 
 
 def test_results(runs, tmp_path):
@@ -75,17 +85,21 @@ def test_results(runs, tmp_path):
 
 
 def test_the_final_table(runs):
-    """Training time: recording counts where the path is used, also one that another run recorded."""
+    """Compute and time: recording counts where the path is used, also one that another run recorded. The run that trained for
+    longer stands there twice: at equal updates, and at its end."""
     rows = table([Results(run) for run in runs])
-    assert [(r.label, r.sampling_steps, r.generator_updates, r.fid, r.train_seconds) for r in rows] == [
-        ("teacher", 25, 0, 1.0, 7.0),
-        ("start", 1, 0, 90.0, 0.0),
-        ("none", 1, 2, 3.0, 20.0),
-        ("warm", 1, 2, 3.0, 23.0),
-        ("path", 1, 2, 3.0, 23.0),
+    assert [(r.label, r.sampling_steps, r.generator_updates, r.compute, r.fid, r.train_seconds) for r in rows] == [
+        ("teacher", 25, 0, 0.0, 1.0, 7.0),
+        ("start", 1, 0, 0.0, 90.0, 0.0),
+        ("none", 1, 2, 90.0, 3.0, 20.0),
+        ("none", 1, 3, 135.0, 3.0, 30.0),
+        ("warm", 1, 2, 120.0, 3.0, 23.0),
+        ("path", 1, 2, 120.0, 3.0, 23.0),
     ]
     assert [row["label"] for row in json.loads(as_json(rows))["rows"]] == [row.label for row in rows]
-    assert len(as_text(rows).splitlines()) == 6
+    text = as_text(rows).splitlines()
+    assert len(text) == 7 and len({len(line) for line in text}) == 1
+    assert "FID" in text[0] and "colour" not in text[0]  # no row has one
 
 
 def test_a_report(runs, tmp_path, capsys, monkeypatch):
@@ -95,11 +109,12 @@ def test_a_report(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert main(call) == 0 and "teacher" in capsys.readouterr().out
     page = (runs[0] / "report.html").read_text()
-    # Evaluations 2, sample grids 6 of 10, backtracking 3 (one metric is null), recording 2, the teacher 1.
-    assert page.count("data:image/png;base64,") == 14 and "http" not in page
+    # Evaluations 2, sample grids 6 of 10, backtracking 3 (one metric is null), recording 2, the teacher 1, the prompts.
+    assert page.count("data:image/png;base64,") == 15 and "http" not in page
+    assert "Training images: somebody &lt;b&gt;" in page and (runs[0] / "figure.png").exists()
     assert "node 2: step 20, distance 0.2000" in page
     assert [row["label"] for row in json.loads((runs[0] / "summary.json").read_text())["rows"]] == [
-        "teacher", "start", "none", "path",
+        "teacher", "start", "none", "none", "path",
     ]  # fmt: skip
     assert main([*call[:2], f"run={tmp_path}"]) == 2 and "has no config.yaml" in capsys.readouterr().err
 

@@ -191,7 +191,8 @@ def test_all_verbs_in_a_row(tmp_path, monkeypatch):
         scores = json.loads((tiny / "eval" / what / "metrics.json").read_text())
         assert scores["images"] == 64 and scores["fid"] > 0 and 0 <= scores["class_accuracy"] <= 1
         assert scores["clip_score"] is None and scores["checkpoint"]
-        assert (tiny / "eval" / what / "grid.png").exists()
+        assert scores["pixel_fd"] > 0 and scores["colour_accuracy"] is None
+        assert (tiny / "eval" / what / "grid.png").exists() and (tiny / "eval" / what / "prompts.png").exists()
     last, generator = (json.loads((tiny / "eval" / w / "metrics.json").read_text()) for w in (what, "generator"))
     assert generator["fid"] == pytest.approx(last["fid"], rel=1e-3)  # the same weights
     run("sample", "--out", "out", "--source", "step-00000004")
@@ -201,12 +202,15 @@ def test_all_verbs_in_a_row(tmp_path, monkeypatch):
     refused(support.call("sample", *TINY, "--source", "nothing"), "'nothing' is not", "step-00000004")
     refused(support.call("export", *TINY, "--checkpoint", "step-9"), "step-00000004, step-00000008")
     printed = run("report").stdout
-    assert "teacher" in printed and "report.html" in printed
+    assert "teacher" in printed and "report.html" in printed and (tiny / "figure.png").exists()
     page = (tiny / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 10 and "http" not in page.split("<h2>Configuration")[0]
     rows = json.loads((tiny / "summary.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["teacher", "start", "path"]
     assert rows[2]["generator_updates"] == 8 and rows[2]["sampling_steps"] == 1 and rows[2]["train_seconds"] > 0
+    # Forward-equivalents. The teacher: 3 a step. Recording: 1 + 3 a step, and on the probe one sample, the teacher's
+    # prediction and 8 measurements. Backtracking, 9 a step: fake score 1 + 3, guided target 2, generator 3 with its backward.
+    assert [row["compute"] for row in rows] == [3 * 8, 0, 4 * 8 + 10 + 9 * 8]
     again = run("backtrack")  # finished: resumes at its end and changes nothing
     assert "resumed from" in again.stderr and "backtrack 8/8" not in again.stderr
 

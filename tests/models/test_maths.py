@@ -11,7 +11,7 @@ from models.denoise import generate, predict_guided
 from models.diffusion import Schedule
 from models.ema import Ema
 from models.errors import ModelError
-from models.image_metrics import Moments, frechet_distance, kernel_distance, precision_recall
+from models.image_metrics import Moments, PixelComponents, frechet_distance, kernel_distance, precision_recall
 from models.noise import SampleNoise
 from models.objectives import Scores, dmd, vsd
 from trainer.config.schema import OptimizerSettings, WalkSettings
@@ -265,6 +265,22 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(Moments.of(a), Moments.of(a)) == pytest.approx(0, abs=1e-9)
     parts = Moments(Moments.of(b[:500]).stack + Moments.of(b[500:]).stack, 3)
     assert frechet_distance(Moments.of(a), parts) == pytest.approx(frechet_distance(Moments.of(a), Moments.of(b)))
+
+
+def test_pixel_components_see_what_changes_most():
+    """Images that differ in one direction only: its component has all the variance, and other images are projected on it.
+    Images above 32 pixels are averaged first."""
+    rng = torch.Generator().manual_seed(0)
+    strength = torch.randint(0, 120, (50, 1, 1, 1), generator=rng)
+    images = (torch.ones(50, 3, 4, 4) * strength).to(torch.uint8)
+    pixels = PixelComponents.pixels(images)
+    assert pixels.shape == (50, 48) and pixels[0].allclose(strength[0].float() / 127.5 - 1)
+    features = PixelComponents(pixels, components=2)(images)
+    assert features[:, 0].var().item() == pytest.approx(pixels.var(0).sum().item(), rel=1e-4)
+    assert features[:, 1].abs().max() < 1e-4 and features.mean(0).abs().max() < 1e-5
+    large = torch.randint(0, 255, (2, 3, 64, 64), generator=rng).to(torch.uint8)
+    expected = large.float().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
+    assert torch.allclose(PixelComponents.pixels(large), expected.flatten(1), atol=1e-5)
 
 
 def test_kernel_distance_precision_and_recall():

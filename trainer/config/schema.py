@@ -250,8 +250,8 @@ class EvaluateSettings(Settings):
     """images per network call"""
     seed: int = 0
     """image i is drawn with seed + i"""
-    features: Literal["digits"] = "digits"
-    """feature network; "digits" is the demo's classifier, trained once"""
+    features: Literal["digits", "emoji"] = "digits"
+    """feature network: the classifier of a demo's labels, which the first evaluation trains on the training shards"""
     classifier: str = ""
     """folder of that classifier (default: classifier/ in the run folder)"""
 

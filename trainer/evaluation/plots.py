@@ -1,12 +1,14 @@
 """The curves of a report, as PNG files in memory; None where no run has the metric."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
 
 matplotlib.use("Agg")  # no screen on a cluster
 import matplotlib.pyplot as plt
+import numpy as np
 
 from trainer.evaluation.results import Results
 
@@ -45,6 +47,38 @@ def evaluated(runs: list[Results], key: str, title: str) -> bytes | None:
     if teacher and teacher[key] is not None:
         axes.axhline(teacher[key], color="black", linestyle=":", linewidth=1, label="teacher")
     return _png(axes, has_data)
+
+
+def prompt_rows(run: Results) -> bytes | None:
+    """The prompts of a run as columns, and as rows what teacher, untrained generator and generator make of them; None
+    before an evaluation of the generator with `sample.prompts`."""
+    sample = run.config["sample"]
+    prompts, steps = sample["prompts"], sample["steps"]
+    rows = {
+        "teacher": f"teacher,\n{steps} steps",
+        "start": "one step,\nbefore",
+        "generator": "one step,\nafter",
+    }
+    strips = {what: run.folder / "eval" / what / "prompts.png" for what in rows}
+    strips = {what: plt.imread(file) for what, file in strips.items() if file.exists()}
+    strips = {what: strip for what, strip in strips.items() if strip.shape[1] == len(prompts) * strip.shape[0]}
+    if "generator" not in strips:
+        return None
+    figure, cells = plt.subplots(
+        len(strips), len(prompts), figsize=(1.05 * len(prompts) + 1, 1.05 * len(strips) + 0.6), squeeze=False
+    )
+    for line, (what, strip) in zip(cells, strips.items(), strict=True):
+        for axes, image in zip(line, np.split(strip, len(prompts), axis=1), strict=True):
+            axes.imshow(image, interpolation="nearest" if len(image) <= 64 else None)
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(rows[what], rotation=0, ha="right", va="center", fontsize=9)
+    for axes, prompt in zip(cells[0], prompts, strict=True):
+        axes.set_title(textwrap.fill(prompt, 15), fontsize=7)
+    figure.subplots_adjust(wspace=0.05, hspace=0.05)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return file.getvalue()
 
 
 def _axes(title: str, log: bool = False) -> plt.Axes:

@@ -6,22 +6,36 @@ from pathlib import Path
 
 import yaml
 
-from trainer.checkpoint.directory import by_step
+from trainer.checkpoint.directory import by_step, step_name
 from trainer.errors import UserError
 
 LABELS = {"walk": "path", "warm": "warm", "none": "none"}
 
 
+SCORES = (
+    "fid kid pixel_fd precision recall class_accuracy colour_accuracy heldout_class_accuracy heldout_colour_accuracy"
+).split()
+
+
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table. train_seconds: pretraining for the teacher; backtracking for a generator, plus
-    recording if it uses the path."""
+    """One line of the final table. compute: forward-equivalents of training, and train_seconds: its time; for the teacher
+    those of pretraining; for a generator those of backtracking, plus recording if it uses the path. The scores from `fid`
+    on are those of eval/*/metrics.json."""
 
     label: str
     sampling_steps: int
     generator_updates: int
+    compute: float | None
     fid: float | None
+    kid: float | None
+    pixel_fd: float | None
+    precision: float | None
+    recall: float | None
     class_accuracy: float | None
+    colour_accuracy: float | None
+    heldout_class_accuracy: float | None
+    heldout_colour_accuracy: float | None
     images: int | None
     train_seconds: float
 
@@ -62,61 +76,108 @@ class Results:
         folders = by_step(self.folder / "eval").items()
         return [(step, scores) for step, folder in folders if (scores := self.evaluation(folder.name))]
 
-    def seconds(self, stage: str) -> float:
-        """Training time of a stage, of this run or of the run that its pipeline or path comes from."""
+    def training(self, stage: str, step: int | None = None) -> tuple[float, float]:
+        """Compute and seconds of a stage, up to a step, of this run or of the run that its pipeline or path comes from."""
         roots = {
             "record": self.config["path"],
             "pretrain": self.config["pipeline"],
             "autoencoder": self.config["pipeline"],
         }
         owner = Path(roots[stage]).parent if roots.get(stage) else self.folder
-        times = Results(owner).curve(stage, "time")[1] if (owner / "config.yaml").exists() else []
-        return times[-1] if times else 0.0
+        lines = Results(owner).lines(stage) if (owner / "config.yaml").exists() else []
+        last = next((line for line in reversed(lines) if step is None or line["step"] <= step), {})
+        return last.get("compute") or 0.0, last.get("time") or 0.0
 
     def grids(self, stage: str) -> list[tuple[int, Path]]:
         """Steps and files of a stage's sample grids."""
         return list(by_step(self.folder / stage / "samples", ".png").items())
 
-    def generator_row(self) -> Row | None:
-        scores = self.evaluation("generator")
+    @property
+    def last_step(self) -> int:
+        """Of the generator's training; 0 before its first metrics line."""
+        lines = self.lines("backtrack")
+        return lines[-1]["step"] if lines else 0
+
+    def generator_row(self, step: int | None = None) -> Row | None:
+        """The row of the generator, or of the checkpoint of a step; None if it was not evaluated."""
+        scores = self.evaluation("generator" if step is None else step_name(step))
         if not scores:
             return None
         settings = self.config["backtrack"]
-        seconds = self.seconds("backtrack") + (self.seconds("record") if settings["path"] != "none" else 0.0)
-        updates = self.lines("backtrack")[-1]["step"] // settings["fake_updates"]
-        return _row(self.label, 1, updates, scores, seconds)
+        parts = [self.training("backtrack", step)]
+        if settings["path"] != "none":
+            parts.append(self.training("record"))
+        updates = (step or self.last_step) // settings["fake_updates"]
+        return _row(self.label, len(settings.get("student_timesteps", [])) or 1, updates, parts, scores)
 
     def other_rows(self) -> list[Row]:
         """The teacher, sampled with all its steps, and the untrained generator."""
         rows = []
         if scores := self.evaluation("teacher"):
-            seconds = self.seconds("pretrain") + self.seconds("autoencoder")
-            rows.append(_row("teacher", self.config["sample"]["steps"], 0, scores, seconds))
+            parts = [self.training("pretrain"), self.training("autoencoder")]
+            rows.append(_row("teacher", self.config["sample"]["steps"], 0, parts, scores))
         if scores := self.evaluation("start"):
-            rows.append(_row("start", 1, 0, scores, 0.0))
+            rows.append(_row("start", 1, 0, [], scores))
         return rows
 
 
-def _row(label: str, steps: int, updates: int, scores: dict, seconds: float) -> Row:
-    return Row(label, steps, updates, scores["fid"], scores["class_accuracy"], scores["images"], round(seconds, 1))
+def _row(label: str, steps: int, updates: int, parts: list[tuple[float, float]], scores: dict) -> Row:
+    """A row from the compute and the seconds of its training's parts, and from its metrics."""
+    compute, seconds = (round(sum(part[i] for part in parts), 1) for i in range(2))
+    shown = {name: scores.get(name) for name in SCORES}
+    return Row(label, steps, updates, compute, images=scores["images"], train_seconds=seconds, **shown)
 
 
 def table(runs: list[Results]) -> list[Row]:
-    """Rows in the order teacher, start, none, warm, path. Teacher and start are those of the first run."""
-    rows = runs[0].other_rows() + [row for run in runs if (row := run.generator_row())]
+    """Rows in the order teacher, start, none, warm, path. Teacher and start are those of the first run. A run that trained
+    for longer than the first one, as one without a recording may at equal compute, has a second row: its checkpoint at
+    the first run's last step, if that was evaluated."""
+    first = runs[0]
+    rows = first.other_rows()
+    for run in runs:
+        steps = [first.last_step, None] if run.last_step > first.last_step else [None]
+        rows += [row for step in steps if (row := run.generator_row(step))]
     order = ["teacher", "start", "none", "warm", "path"]
     return sorted(rows, key=lambda row: order.index(row.label))
 
 
+COLUMNS = {
+    "sampling_steps": ("steps/image", "d"),
+    "generator_updates": ("updates", "d"),
+    "compute": ("compute", ".0f"),
+    "fid": ("FID", ".2f"),
+    "kid": ("KID", ".3f"),
+    "pixel_fd": ("pixel FD", ".2f"),
+    "precision": ("precision", ".2f"),
+    "recall": ("recall", ".2f"),
+    "class_accuracy": ("class", ".3f"),
+    "colour_accuracy": ("colour", ".3f"),
+    "heldout_class_accuracy": ("new class", ".3f"),
+    "heldout_colour_accuracy": ("new colour", ".3f"),
+    "images": ("images", "d"),
+    "train_seconds": ("train, s", ".0f"),
+}
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """The table as text, the heads first; without the columns that no row has a value for."""
+    used = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
+    body = [[_cell(getattr(row, name), COLUMNS[name][1]) for name in used] for row in rows]
+    return [["", *(COLUMNS[name][0] for name in used)], *([r.label, *line] for r, line in zip(rows, body, strict=True))]
+
+
+def _cell(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
+
+
 def as_text(rows: list[Row]) -> str:
     """The table as plain text."""
-    lines = [f"{'':8} {'steps/image':>11} {'updates':>8} {'FID':>8} {'class acc.':>10} {'images':>7} {'train':>7}"]
-    for r in rows:
-        fid = f"{r.fid:8.2f}" if r.fid is not None else f"{'-':>8}"
-        accuracy = f"{r.class_accuracy:10.4f}" if r.class_accuracy is not None else f"{'-':>10}"
-        lines.append(
-            f"{r.label:8} {r.sampling_steps:11d} {r.generator_updates:8d} {fid} {accuracy} {r.images:7d} {r.train_seconds:6.0f}s"
-        )
+    table = cells(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(f"{c:{'<' if i == 0 else '>'}{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in table
+    ]
     return "\n".join(lines)
 
 
