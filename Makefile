@@ -1,8 +1,7 @@
-# make demo | test | test-slurm | lint | clean. Each creates .venv and installs what it needs at the pinned versions, and again
-# only after a change of pyproject.toml or constraints.txt.
+# make demo | demo-digits | test | test-slurm | lint | clean. Each creates .venv and installs what it needs at the pinned
+# versions, and again only after a change of pyproject.toml or constraints.txt.
 PYTHON ?= python3.11
 BIN := .venv/bin
-C := configs/digits.yaml
 WORKERS ?= 2
 
 # For two small cores: one thread per process that sleeps while it waits is several times faster than two that spin.
@@ -12,7 +11,7 @@ export OMP_WAIT_POLICY ?= passive
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch shellcheck
 SLURM_PACKAGES := munge slurm-wlm shellcheck
 
-.PHONY: demo test test-fast test-slurm lint format docs clean
+.PHONY: demo demo-digits test test-fast test-slurm lint format docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,16 +20,11 @@ SLURM_PACKAGES := munge slurm-wlm shellcheck
 
 # Teacher, path, three generators (path, none, warm), their scores, and one page. A second `make demo` resumes the first.
 demo: .venv/installed
-	$(BIN)/disback shards --digits
-	$(BIN)/disback pretrain --config $(C)
-	$(BIN)/disback record --config $(C)
-	$(BIN)/disback backtrack --config $(C)
-	$(BIN)/disback backtrack --config configs/digits_none.yaml
-	$(BIN)/disback backtrack --config configs/digits_warm.yaml
-	$(BIN)/disback evaluate --config configs/digits_none.yaml --watch
-	$(BIN)/disback evaluate --config configs/digits_warm.yaml --watch
-	$(BIN)/disback evaluate --config $(C) --watch 'evaluate.what=[teacher, start, generator]'
-	$(BIN)/disback report --config $(C)
+	@$(BIN)/disback demo emoji
+
+# The same on 8x8 digits, in a few minutes.
+demo-digits: .venv/installed
+	@$(BIN)/disback demo digits
 
 # Two workers for two cores. The tests of a file run on one worker, because they share what is trained for them.
 test: .venv/installed

@@ -8,6 +8,7 @@ from trainer import VERSION
 from trainer.entry import USER_MISTAKE, exit_with
 
 VERBS = {
+    "demo": "the whole method on a small data set: emoji (default) or digits",
     "shards": "build, encode, index and validate WebDataset shards",
     "pretrain": "train or fine-tune a teacher on shards",
     "plan": "memory, disk and time of a run, before any weight is loaded",

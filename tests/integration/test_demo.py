@@ -1,0 +1,136 @@
+"""`disback demo`: stopping and going on, the lock, and what it shows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+import yaml
+
+from trainer.demo import CONFIGS, PRIOR_SECONDS, SECONDS, TimeLeft, plan
+from trainer.distributed.launch import Children, command
+from trainer.errors import UserError
+
+
+def flat(values: dict, prefix: str = "") -> Iterator[str]:
+    """A mapping of settings as overrides."""
+    for key, value in values.items():
+        yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={json.dumps(value)}"]
+
+
+PLACES = ("extends", "run", "pipeline", "path", "report")
+TINY = list(flat({key: value for key, value in yaml.safe_load(support.TINY.read_text()).items() if key not in PLACES}))
+TINY += [f"{stage}.loop.sample_every=0" for stage in ("pretrain.autoencoder", "pretrain", "record", "backtrack")]
+# Steps enough to be stopped in; the autoencoder's stay few.
+TINY += ["pretrain.steps=200", "pretrain.loop.log_every=2", "pretrain.loop.save_every=200"]
+TINY += ["backtrack.steps=4", "evaluate.classifier=classifier"]
+
+
+def test_time_left():
+    left = TimeLeft(100.0, 0.0, 1000.0)
+    assert left.at(0.0, 1000.0) == 100
+    assert left.at(0.0, 1010.0) == 90  # nothing is known but the time
+    slow = left.at(10.0, 1030.0)  # three times the reference
+    assert slow == pytest.approx(90 * (30 + PRIOR_SECONDS) / (10 + PRIOR_SECONDS))
+    assert left.at(10.0, 1031.0) == pytest.approx(slow - 1)
+    assert 100 < left.at(50.0, 1150.0) < 150 and left.at(50.0, 2000.0) == 0
+    resumed = TimeLeft(100.0, 80.0, 1000.0)
+    assert resumed.at(80.0, 1005.0) == 15 and resumed.at(100.0, 1020.0) == 0
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_a_new_demo_runs_every_verb(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, tasks = plan(name, [])
+    verbs = "shards pretrain record backtrack backtrack backtrack evaluate evaluate evaluate report".split()
+    assert [task.verb for task in tasks] == verbs and folder == Path("runs", name)
+    assert not any(task.done or task.seconds_done() for task in tasks)
+    assert sum(part.seconds for task in tasks for part in task.parts) > 60
+    with pytest.raises(UserError, match="three run folders"):
+        plan(name, ["run=elsewhere"])
+
+
+def test_what_is_done_is_skipped_with_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, teacher = Path("runs/digits"), Path("runs/digits/pipeline/model_index.json")
+    teacher.parent.mkdir(parents=True)
+    teacher.touch()
+    settings = support.load_settings(CONFIGS / "digits.yaml", ["pretrain.steps=9"]).model_dump(mode="json")
+    (run / "config.yaml").write_text(yaml.safe_dump({"about": {"disback": "0"}} | settings))
+    assert [task.verb for task in plan("digits", ["pretrain.steps=9"])[1] if task.done] == ["pretrain"]
+    assert not any(task.done for task in plan("digits", [])[1])
+
+
+def test_the_first_rank_to_fail_has_the_exit_code(tmp_path):
+    assert command("record", ["x"], 1, "deepspeed") == [sys.executable, "-m", "trainer.record", "x"]
+    children = Children(tmp_path)
+    assert children.outcome(0) == (0, "") and children.outcome(1) == (1, "") and children.outcome(-9) == (137, "")
+    (tmp_path / "exit").write_text("75 saved\n")
+    assert children.outcome(1) == (75, "saved")
+
+
+def test_help_needs_no_torch():
+    call = [sys.executable, "-X", "importtime", "-m", "trainer.cli", "demo", "pictures"]
+    done = subprocess.run(call, capture_output=True, text=True, env=support.environment())
+    assert done.returncode == 2 and "disback: the demos are emoji and digits" in done.stderr
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "yaml" in imported and not imported & {"torch", "deepspeed", "diffusers"}
+
+
+def wait_for(what, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_stopped_in_pretraining_and_started_again(tmp_path, monkeypatch):
+    """Two processes until the signal; then some verbs here, which is faster, and the rest by a second demo."""
+    monkeypatch.chdir(tmp_path)
+    run, children = Path("runs/digits"), Children(Path("runs/digits/demo.job"))
+    line = [sys.executable, "-m", "trainer.cli", "demo", "digits", *TINY]
+    first = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=support.environment())
+
+    def step() -> int:
+        file = run / "pretrain" / "status.json"
+        return json.loads(file.read_text())["step"] if file.exists() else 0
+
+    wait_for(step)
+    refused = support.call("demo", "digits", *TINY)
+    assert refused.returncode == 2 and f"still running in runs/digits (process {first.pid})" in refused.stderr
+    first.send_signal(signal.SIGTERM)
+    shown = first.communicate(timeout=120)[1]
+    assert first.returncode == 75 and "  teacher 0/200  " in shown and "run the same command again" in shown
+    status = json.loads((run / "pretrain" / "status.json").read_text())
+    assert status["state"] == "stopped" and 0 < status["saved_step"] == status["step"] < 200
+    assert not children.running()
+
+    verbs = (
+        "pretrain",
+        "record",
+        "backtrack",
+        "backtrack _none",
+        "backtrack _warm",
+        "evaluate _none",
+        "evaluate _warm",
+    )
+    for name, _, suffix in (text.partition(" ") for text in verbs):
+        flags = ["--watch"] if name == "evaluate" else []
+        done = support.call(name, "--config", str(CONFIGS / f"digits{suffix}.yaml"), *TINY, *flags)
+        assert done.returncode == 0, done.stderr
+    before = os.path.getsize(run / "demo.log")
+    again = support.verb("demo", "digits", "--processes", "1", *TINY, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    rows = json.loads((run / "summary.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["teacher", "start", "none", "warm", "path"]
+    assert again.stdout.lstrip().startswith("steps/image") and "demo 100%  done in" in again.stderr
+    log = (run / "demo.log").read_text()[before:]
+    ran = [text.split()[3] for text in log.splitlines() if " disback " in text and text.startswith("20")]
+    assert ran == ["shards", "evaluate", "report"]

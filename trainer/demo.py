@@ -1,0 +1,251 @@
+"""`disback demo`: the whole method on a small data set, from shards to report, with one line of progress.
+
+Every verb runs in processes of its own, as a user would start it. This process starts them one after another, reads their
+progress from the run folders, and imports neither torch nor DeepSpeed.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from trainer.checkpoint.directory import CheckpointDirectory
+from trainer.config.load import load_settings
+from trainer.distributed.launch import Children, command, locked
+from trainer.distributed.logs import duration
+from trainer.entry import FAILED, STOPPED, USER_MISTAKE, Parser, exit_with, guarded
+from trainer.errors import Stopped, UserError
+from trainer.training.progress import Progress
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Seconds of each part as two processes on two CPU cores, for the time left. On other machines only their ratios count.
+SECONDS = {
+    "emoji": dict(shards=9, autoencoder=165, teacher=600, record=30, backtrack=60, ablation=60, evaluate=150, report=5),
+    "digits": dict(shards=2, autoencoder=20, teacher=110, record=15, backtrack=20, ablation=25, evaluate=50, report=5),
+}
+PRIOR_SECONDS = 30.0  # of work at the reference pace, assumed on top of what was seen: a start says little
+LINE_SECONDS = 20.0  # between lines about the same part where a line cannot be rewritten, as in a CI log
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the progress line names: a verb, or a training of `pretrain`. seconds: on the reference machine. count: how much
+    is done, and of how much; (0, 0) if unknown."""
+
+    name: str
+    seconds: float
+    count: Callable[[], tuple[int, int]] = lambda: (0, 0)
+
+    def fraction(self) -> float:
+        done, total = self.count()
+        return done / total if total else 0.0
+
+
+@dataclass
+class Task:
+    """A verb to run. written: whether its results exist. done: it has run, now or in an earlier call. alone: as one process."""
+
+    verb: str
+    arguments: list[str]
+    parts: list[Part]
+    written: Callable[[], bool] = lambda: True
+    done: bool = False
+    alone: bool = False
+
+    def seconds_done(self) -> float:
+        return sum(part.seconds * (1.0 if self.done else part.fraction()) for part in self.parts)
+
+    def current(self) -> Part:
+        return next((part for part in self.parts if part.fraction() < 1), self.parts[-1])
+
+
+class Experiment:
+    """One of the demo's runs: its configuration, and what is on disk."""
+
+    def __init__(self, kind: str, file: Path, overrides: list[str]):
+        self.kind, self.file, self.overrides = kind, file, overrides
+        self.settings = load_settings(file, overrides)
+        self.folder = self.settings.folder
+        written = self.folder / "config.yaml"
+        before = yaml.safe_load(written.read_text()) if written.exists() else None
+        self.unchanged = {**(before or {}), "about": None} == {**self.settings.model_dump(mode="json"), "about": None}
+
+    def task(self, verb: str, written: Callable[[], bool], *parts: Part, more: tuple[str, ...] = ()) -> Task:
+        """A verb on this run. It is skipped if its results exist; with other settings than these, the verb judges them."""
+        arguments = ["--config", str(self.file), *more, *self.overrides]
+        return Task(verb, arguments, list(parts), written, done=self.unchanged and written())
+
+    def training(self, name: str, seconds: float, stage: str, steps: int) -> Part:
+        def count() -> tuple[int, int]:
+            progress = Progress.read(self.folder / stage) or {"step": 0}
+            return min(progress["step"], steps), steps
+
+        return Part(name, seconds, count)
+
+    def backtrack(self, seconds: float) -> Task:
+        part = self.training(f"backtrack {self.kind}", seconds, "backtrack", self.settings.backtrack.steps)
+        return self.task("backtrack", (self.folder / "generator" / "model_index.json").exists, part)
+
+    def evaluate(self, seconds: float, *more: str) -> Task:
+        """Evaluates the checkpoints that have weights, and `evaluate.what`. more: overrides that the user's can replace."""
+        what = load_settings(self.file, [*more, *self.overrides]).evaluate.what
+        names = [what] if isinstance(what, str) else what
+        part = Part(f"evaluate {self.kind}", seconds, partial(self._evaluated, names))
+        return self.task("evaluate", lambda: part.fraction() == 1, part, more=(*more, "--watch"))
+
+    def _evaluated(self, what: list[str]) -> tuple[int, int]:
+        names = {Path(name).name for name in what}
+        names.update(CheckpointDirectory(self.folder / "backtrack").with_weights())
+        return sum((self.folder / "eval" / name / "metrics.json").exists() for name in names), len(names)
+
+
+def plan(name: str, overrides: list[str]) -> tuple[Path, list[Task]]:
+    """The main run's folder, and the demo's verbs in order. Raises UserError for a wrong override."""
+    kinds = {"path": name, "none": f"{name}_none", "warm": f"{name}_warm"}
+    main, none, warm = (Experiment(kind, CONFIGS / f"{file}.yaml", overrides) for kind, file in kinds.items())
+    if len({main.folder, none.folder, warm.folder}) < 3:
+        raise UserError("the demo has three run folders: leave `run` as it is, and start it in another folder instead")
+    cost, settings, folder = SECONDS[name], main.settings, main.folder
+    autoencoder = main.training("autoencoder", cost["autoencoder"], "autoencoder", settings.pretrain.autoencoder.steps)
+    teacher = main.training("teacher", cost["teacher"], "pretrain", settings.pretrain.steps)
+    record = main.training("record", cost["record"], "record", settings.record.steps)
+    return folder, [
+        Task("shards", [f"--{name}"], [Part("shards", cost["shards"])], alone=True),
+        main.task("pretrain", (folder / "pipeline" / "model_index.json").exists, autoencoder, teacher),
+        main.task("record", (settings.path_folder / "path.json").exists, record),
+        *(experiment.backtrack(cost["backtrack"]) for experiment in (main, none, warm)),
+        *(experiment.evaluate(cost["ablation"]) for experiment in (none, warm)),
+        main.evaluate(cost["evaluate"], "evaluate.what=[teacher, start, generator]"),
+        Task("report", ["--config", str(main.file), *overrides], [Part("report", cost["report"])], alone=True),
+    ]
+
+
+class TimeLeft:
+    """Seconds that remain: reference seconds times this machine's pace, counted down between two signs of progress."""
+
+    def __init__(self, total: float, done: float, now: float):
+        self.total, self.first, self.began = total, done, now
+        self.done, self.changed = done, now
+
+    def at(self, done: float, now: float) -> float:
+        if done != self.done:
+            self.done, self.changed = done, now
+        worked = max(self.done - self.first, 0.0)
+        pace = (self.changed - self.began + PRIOR_SECONDS) / (worked + PRIOR_SECONDS)
+        return max((self.total - self.done) * pace - (now - self.changed), 0.0)
+
+
+class ProgressLine:
+    """One line on stderr: rewritten on a terminal; elsewhere a new one for each part, and now and then."""
+
+    def __init__(self) -> None:
+        self.terminal, self.part, self.shown = sys.stderr.isatty(), "", 0.0
+
+    def show(self, part: str, text: str) -> None:
+        now = time.monotonic()
+        if part != self.part or now - self.shown > (1.0 if self.terminal else LINE_SECONDS):
+            self.part, self.shown = part, now
+            start, end = ("\r", "\x1b[K") if self.terminal else ("", "\n")
+            print(start + text, end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.terminal and self.shown:
+            print(file=sys.stderr)
+        self.shown = 0.0
+
+
+class Demo:
+    """Runs the tasks of a plan that are not done yet."""
+
+    def __init__(self, log: Path, tasks: list[Task], args: Namespace, children: Children):
+        self.log, self.tasks, self.args, self.children = log, tasks, args, children
+        self.signals: list[int] = []
+        self.line, self.total = ProgressLine(), sum(part.seconds for task in tasks for part in task.parts)
+        self.began = time.monotonic()
+        self.left = TimeLeft(self.total, sum(task.seconds_done() for task in tasks), self.began)
+
+    def run(self) -> int:
+        """Returns 0, or the exit code of the verb that failed. Raises Stopped."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, lambda number, frame: self.signals.append(number))
+        for task in self.tasks:
+            if not task.done and (code := self._run(task)):
+                return code
+            task.done = True
+        return 0
+
+    def _run(self, task: Task) -> int:
+        arguments = task.arguments + ["--debug"] * self.args.debug
+        processes = 1 if task.alone else self.args.processes
+        with self.log.open("a") as log:
+            print(f"\n{time.strftime('%F %T')} disback {task.verb} {' '.join(arguments)}", file=log, flush=True)
+            start = log.tell()
+            line = command(task.verb, arguments, processes, self.args.launcher)
+            child = self.children.start(line, subprocess.PIPE if task.verb == "report" else log, log)
+        while child.poll() is None and not self.signals:
+            self._show(task.current())
+            time.sleep(0.5)
+        if self.signals:
+            self.line.close()
+            print(f"stopping {task.current().name}; a second Ctrl-C does not wait until it has saved", file=sys.stderr)
+        self.children.end(hurry=lambda: self.signals.count(signal.SIGINT) > 1)
+        code, message = self.children.outcome(child.wait())
+        if code == STOPPED or (self.signals and code != USER_MISTAKE):  # such as a save on a full disk
+            self.line.close()
+            raise Stopped("stopped; run the same command again to go on")
+        if code == 0 and not task.written():  # DeepSpeed's launcher answers 0 when it was killed itself
+            code, message = FAILED, "it was killed"
+        if code:
+            self.line.close()
+            tail = self.log.read_bytes()[start:].decode(errors="replace").splitlines()[-15:]
+            problem = f"disback: {task.verb} failed: {message or f'exit code {code}'}"
+            print("\n".join([*tail, problem, f"log: {self.log}"]), file=sys.stderr)
+        elif child.stdout:
+            self.line.show("", f"demo 100%  done in {duration(time.monotonic() - self.began)}")
+            self.line.close()
+            print(child.stdout.read().decode(), end="", flush=True)
+        return code
+
+    def _show(self, part: Part) -> None:
+        done, (count, total) = sum(task.seconds_done() for task in self.tasks), part.count()
+        name = f"{part.name} {count}/{total}" if total else part.name
+        left = duration(self.left.at(done, time.monotonic()))
+        self.line.show(part.name, f"demo {100 * done / self.total:.0f}%  {name}  {left} left")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="disback demo", description="The whole method on a small data set, from shards to report.")
+    parser.add_argument("name", nargs="?", default="emoji", help="emoji (the default) or digits")
+    parser.add_argument("--processes", type=int, default=2, help="that train and evaluate together (default 2)")
+    parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), default="deepspeed", help="that starts them")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every verb")
+    return parser
+
+
+def demo(argv: list[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    if "=" in args.name:
+        args.name, args.overrides = "emoji", [args.name, *args.overrides]
+    if args.name not in SECONDS or args.processes < 1:
+        raise UserError(f"the demos are {' and '.join(SECONDS)}, of one process or more (see disback demo --help)")
+    folder, tasks = plan(args.name, args.overrides)
+    with locked(folder / "demo.lock", "the demo"), Children(folder / "demo.job") as children:
+        return Demo(folder / "demo.log", tasks, args, children).run()
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv, codes = sys.argv[1:] if argv is None else argv, []
+    return guarded(lambda: codes.append(demo(argv)), "--debug" in argv) or codes[0]
+
+
+if __name__ == "__main__":
+    exit_with(main)
