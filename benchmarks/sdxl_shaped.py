@@ -33,7 +33,7 @@ def build(root: Path, width: int) -> int:
     settings = MiniatureSettings()
     pipeline = build_miniature(settings)
     pipeline.unet = UNet2DConditionModel(
-        sample_size=settings.resolution // 2,
+        sample_size=settings.latent_side,
         block_out_channels=(width, 2 * width, 4 * width),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -5,9 +5,11 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from models.errors import ModelError
 
 
 class Classifier(nn.Module):
@@ -34,7 +36,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 images [N, 3, R, R] to features [N, width], with a root mean square of 1 over the images of `fit`, and the
         class logits [N, K] of each label."""
-        features, logits = self._scores(images.float() / 127.5 - 1)
+        features, logits = self._scores(as_floats(images))
         return features / self.scale, logits
 
     def _scores(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,7 +57,7 @@ class Classifier(nn.Module):
         for step in range(steps):
             rows = torch.randint(len(images), (128,), generator=rng)
             shift = torch.randint(-1, 2, (2,), generator=rng).tolist() if step % 2 else (0, 0)
-            batch = torch.roll(images[rows].float() / 127.5 - 1, tuple(shift), (2, 3))
+            batch = torch.roll(as_floats(images[rows]), tuple(shift), (2, 3))
             batch = batch + 0.1 * torch.randn(batch.shape, generator=rng)
             adam.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
             logits = self._scores(batch)[1]
@@ -64,17 +66,28 @@ class Classifier(nn.Module):
             loss.backward()
             adam.step()
         with torch.no_grad():
-            self.scale.copy_(torch.cat([self(part)[0] for part in images.split(256)]).square().mean().sqrt())
+            self.scale.copy_(
+                torch.cat([self._scores(as_floats(part))[0] for part in images.split(256)]).square().mean().sqrt()
+            )
 
     def save(self, file: Path) -> None:
         save_file(self.state_dict(), file, {"about": json.dumps(self.about)})
 
     @classmethod
     def load(cls, file: Path) -> "Classifier":
-        with safe_open(file, "pt") as opened:
-            model = cls(**json.loads(opened.metadata()["about"]))
-        model.load_state_dict(load_file(file))  # strict
+        """Raises ModelError for a file that `save` did not write."""
+        try:
+            with safe_open(file, "pt") as opened:
+                model = cls(**json.loads((opened.metadata() or {})["about"]))
+            model.load_state_dict(load_file(file))  # strict
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise ModelError(f"{file}: is damaged, or of an earlier version: remove it to train another") from error
         return model.eval().requires_grad_(False)
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """uint8 images as floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def new_classifier(resolution: int, width: int, values: dict[str, list], seed: int) -> Classifier:

@@ -1,6 +1,7 @@
 """Metrics between sets of images, from their features: Frechet distance, kernel distance, precision and recall."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,17 +69,30 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[f
     return float(precision), float(recall)
 
 
+@dataclass(frozen=True)
 class PixelComponents:
     """The first principal components of a set of images: features that no classifier has chosen, so that what a classifier
-    overlooks still counts. Images above 32 pixels are averaged down to 32 first."""
+    overlooks still counts. Images above 32 pixels are averaged down to 32 first.
 
-    side = 32
+    mean: [P]. directions: orthonormal, [components, P].
+    """
 
-    def __init__(self, images: Tensor, components: int = 32):
-        """Fits `components` directions to images as from `pixels`, [N, P]."""
-        self.mean = images.mean(0)
-        directions = torch.linalg.svd((images - self.mean).double(), full_matrices=False).Vh[:components]
-        self.directions = directions.to(images.dtype)
+    mean: Tensor
+    directions: Tensor
+    side: ClassVar[int] = 32
+
+    @classmethod
+    def fit(cls, images: Tensor, components: int = 32) -> "PixelComponents":
+        """The components of images as from `pixels`, [N, P]; fewer than asked for if there are no more."""
+        mean = images.mean(0)
+        centred = (images - mean).double()
+        components = min(components, len(images) - 1, images.shape[1])
+        if len(images) < images.shape[1]:  # the smaller of the two products has the same eigenvalues
+            rows = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -components:]
+            directions = nn.functional.normalize(rows.T @ centred, dim=1)
+        else:
+            directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -components:].T
+        return cls(mean, directions.flip(0).to(images.dtype))
 
     @classmethod
     def pixels(cls, images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # DMD2's modules for SDXL (main/sd_unified_model.py): attention and its projections, feed-forward, every convolution of
 # the residual blocks and between the levels, and the timestep's projections. That is all a UNet computes with, except its
@@ -91,12 +91,23 @@ class MiniatureSettings(_Settings):
         """Side of the latents."""
         return self.resolution // 2 ** (len(self.vae_channels) - 1)
 
+    @field_validator("unet_channels", "vae_channels")
+    @classmethod
+    def _groups(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(channels < 8 or channels % 8 for channels in value):
+            raise ValueError(f"{list(value)} must be multiples of 8, the number of normalisation groups")
+        return value
+
     @model_validator(mode="after")
     def _sides(self) -> "MiniatureSettings":
         levels = len(self.vae_channels) + (1 if self.family == "sd3" else len(self.unet_channels) - 1) - 1
         if self.resolution % 2**levels:
             raise ValueError(
-                f"resolution={self.resolution} cannot be halved {levels} times, as the levels of vae_channels "
-                f"{list(self.vae_channels)} and unet_channels {list(self.unet_channels)} do"
+                f"resolution={self.resolution} is not a multiple of {2**levels}, which vae_channels={list(self.vae_channels)} and "
+                + (
+                    "patches of two latents need"
+                    if self.family == "sd3"
+                    else f"unet_channels={list(self.unet_channels)} need"
+                )
             )
         return self

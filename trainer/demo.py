@@ -27,7 +27,7 @@ from trainer.training.progress import Progress
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Seconds of each part as two processes on two CPU cores, for the time left. On other machines only their ratios count.
 SECONDS = {
-    "emoji": dict(shards=9, autoencoder=165, teacher=600, record=30, backtrack=60, ablation=60, evaluate=150, report=5),
+    "emoji": dict(shards=11, autoencoder=105, teacher=250, record=27, backtrack=65, ablation=35, evaluate=75, report=4),
     "digits": dict(shards=2, autoencoder=20, teacher=110, record=15, backtrack=20, ablation=25, evaluate=50, report=5),
 }
 PRIOR_SECONDS = 30.0  # of work at the reference pace, assumed on top of what was seen: a start says little
@@ -78,9 +78,25 @@ class Experiment:
         self.unchanged = {**(before or {}), "about": None} == {**self.settings.model_dump(mode="json"), "about": None}
 
     def task(self, verb: str, written: Callable[[], bool], *parts: Part, more: tuple[str, ...] = ()) -> Task:
-        """A verb on this run. It is skipped if its results exist; with other settings than these, the verb judges them."""
+        """A verb on this run. It is skipped if it has written its results from what is there now, with these settings; if in
+        doubt it runs, and decides itself what is left to do."""
         arguments = ["--config", str(self.file), *more, *self.overrides]
-        return Task(verb, arguments, list(parts), written, done=self.unchanged and written())
+        done = self.unchanged and written() and all(part.fraction() in (0, 1) for part in parts)
+        return Task(verb, arguments, list(parts), written, done)
+
+    # The files that are written last with teacher, path and generator.
+
+    @property
+    def teacher(self) -> Path:
+        return Path(self.settings.pipeline, "disback.json")
+
+    @property
+    def path(self) -> Path:
+        return self.settings.path_folder / "path.json"
+
+    @property
+    def generator(self) -> Path:
+        return self.folder / "generator" / "disback.json"
 
     def training(self, name: str, seconds: float, stage: str, steps: int) -> Part:
         def count() -> tuple[int, int]:
@@ -91,19 +107,30 @@ class Experiment:
 
     def backtrack(self, seconds: float) -> Task:
         part = self.training(f"backtrack {self.kind}", seconds, "backtrack", self.settings.backtrack.steps)
-        return self.task("backtrack", (self.folder / "generator" / "model_index.json").exists, part)
+        return self.task("backtrack", lambda: is_made(self.generator, self.teacher, self.path), part)
 
     def evaluate(self, seconds: float, *more: str) -> Task:
         """Evaluates the checkpoints that have weights, and `evaluate.what`. more: overrides that the user's can replace."""
         what = load_settings(self.file, [*more, *self.overrides]).evaluate.what
         names = [what] if isinstance(what, str) else what
         part = Part(f"evaluate {self.kind}", seconds, partial(self._evaluated, names))
-        return self.task("evaluate", lambda: part.fraction() == 1, part, more=(*more, "--watch"))
+        scores = [self.folder / "eval" / Path(name).name / "metrics.json" for name in names]
+
+        def written() -> bool:
+            return part.fraction() == 1 and all(is_made(file, self.generator) for file in scores)
+
+        return self.task("evaluate", written, part, more=(*more, "--watch"))
 
     def _evaluated(self, what: list[str]) -> tuple[int, int]:
         names = {Path(name).name for name in what}
         names.update(CheckpointDirectory(self.folder / "backtrack").with_weights())
-        return sum((self.folder / "eval" / name / "metrics.json").exists() for name in names), len(names)
+        return sum(is_made(self.folder / "eval" / name / "metrics.json") for name in names), len(names)
+
+
+def is_made(result: Path, *sources: Path) -> bool:
+    """Whether a result exists and is newer than its sources."""
+    times = [file.stat().st_mtime if file.exists() else None for file in (result, *sources)]
+    return None not in times and times[0] == max(times)
 
 
 def plan(name: str, overrides: list[str]) -> tuple[Path, list[Task]]:
@@ -118,8 +145,8 @@ def plan(name: str, overrides: list[str]) -> tuple[Path, list[Task]]:
     record = main.training("record", cost["record"], "record", settings.record.steps)
     return folder, [
         Task("shards", [f"--{name}"], [Part("shards", cost["shards"])], alone=True),
-        main.task("pretrain", (folder / "pipeline" / "model_index.json").exists, autoencoder, teacher),
-        main.task("record", (settings.path_folder / "path.json").exists, record),
+        main.task("pretrain", lambda: is_made(main.teacher), autoencoder, teacher),
+        main.task("record", lambda: is_made(main.path, main.teacher), record),
         *(experiment.backtrack(cost["backtrack"]) for experiment in (main, none, warm)),
         *(experiment.evaluate(cost["ablation"]) for experiment in (none, warm)),
         main.evaluate(cost["evaluate"], "evaluate.what=[teacher, start, generator]"),
@@ -198,7 +225,8 @@ class Demo:
             print(f"stopping {task.current().name}; a second Ctrl-C does not wait until it has saved", file=sys.stderr)
         self.children.end(hurry=lambda: self.signals.count(signal.SIGINT) > 1)
         code, message = self.children.outcome(child.wait())
-        if code == STOPPED or (self.signals and code != USER_MISTAKE):  # such as a save on a full disk
+        code = code if code in (0, USER_MISTAKE, STOPPED) else FAILED
+        if code == STOPPED or (self.signals and code != USER_MISTAKE):  # a mistake, such as a full disk, is shown below
             self.line.close()
             raise Stopped("stopped; run the same command again to go on")
         if code == 0 and not task.written():  # DeepSpeed's launcher answers 0 when it was killed itself
@@ -224,8 +252,15 @@ class Demo:
 def _parser() -> Parser:
     parser = Parser(prog="disback demo", description="The whole method on a small data set, from shards to report.")
     parser.add_argument("name", nargs="?", default="emoji", help="emoji (the default) or digits")
-    parser.add_argument("--processes", type=int, default=2, help="that train and evaluate together (default 2)")
-    parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), default="deepspeed", help="that starts them")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="number of processes that train and evaluate (default 2)"
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("deepspeed", "torchrun"),
+        default="deepspeed",
+        help="launcher of these processes (default deepspeed)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every verb")
     return parser
@@ -237,6 +272,10 @@ def demo(argv: list[str]) -> int:
         args.name, args.overrides = "emoji", [args.name, *args.overrides]
     if args.name not in SECONDS or args.processes < 1:
         raise UserError(f"the demos are {' and '.join(SECONDS)}, of one process or more (see disback demo --help)")
+    if not Path("/proc/self/environ").exists():
+        raise UserError(
+            "the demo finds its processes in /proc, which only Linux has: run its verbs one by one (docs/demo.md)"
+        )
     folder, tasks = plan(args.name, args.overrides)
     with locked(folder / "demo.lock", "the demo"), Children(folder / "demo.job") as children:
         return Demo(folder / "demo.log", tasks, args, children).run()

@@ -16,6 +16,7 @@ from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.distributed.logs import log
 from trainer.distributed.world import World, barrier, from_main, gather_rows, sum_over_ranks
 from trainer.entry import exit_with, run_verb
+from trainer.errors import UserError
 from trainer.evaluation.features import ClassifierFeatures, FeatureNetwork, as_shares, count_correct, to_bytes
 from trainer.evaluation.sources import OpenSource, Source, find_source
 from trainer.training.preview import grid
@@ -58,6 +59,8 @@ class Generated:
 def real_images(run: Run, network: FeatureNetwork) -> Reference:
     """The held-out shards; every rank reads its part of the images."""
     dataset, world = run.dataset("heldout", ("image", "caption", "meta")), run.world
+    if len(dataset) < max(2, world.size):
+        raise UserError(f"data.heldout: {len(dataset)} samples are too few to compare with, for {world.size} processes")
     features, pixels, size = [], [], run.settings.evaluate.batch
     rows = list(range(world.rank, len(dataset), world.size))
     for first in range(0, len(rows), size):
@@ -67,7 +70,8 @@ def real_images(run: Run, network: FeatureNetwork) -> Reference:
         pixels.append(PixelComponents.pixels(images))
     samples = [dataset.read_text(row) for row in range(len(dataset))]
     pixels = gather_rows(torch.cat(pixels), world)
-    components = PixelComponents(pixels)
+    # Of rank 0: other processors may find other signs and, for directions of equal variance, other bases.
+    components = from_main(PixelComponents.fit(pixels) if world.main else None, world)
     return Reference(
         str(run.settings.data.heldout),
         gather_rows(torch.cat(features), world),
@@ -161,6 +165,7 @@ def _write(run: Run, source: Source, record: dict, shown: list[Tensor], prompts:
         "evaluate": run.settings.evaluate.model_dump(),
         "sampling_steps": len(source.timesteps) if source.timesteps else sample.steps,
         "guidance_scale": None if source.timesteps else sample.guidance_scale,
+        "prompts": sample.prompts,
     }
     (temporary / "settings.yaml").write_text(yaml.safe_dump(used, sort_keys=False))
     (temporary / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -170,9 +175,15 @@ def _write(run: Run, source: Source, record: dict, shown: list[Tensor], prompts:
 
 
 def _not_evaluated(run: Run) -> list[str]:
-    """Checkpoints that have weights but no metrics yet, oldest first."""
-    names = CheckpointDirectory(run.folder / "backtrack").with_weights()
-    return [name for name in names if not (run.folder / "eval" / name / "metrics.json").exists()]
+    """Checkpoints that have weights but no metrics yet, or metrics of another number of images, seed or version, oldest
+    first."""
+    settings, names = run.settings.evaluate, []
+    for name in CheckpointDirectory(run.folder / "backtrack").with_weights():
+        file = run.folder / "eval" / name / "metrics.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if not found.keys() >= set(KEYS) or (found["images"], found["seed"]) != (settings.images, settings.seed):
+            names.append(name)
+    return names
 
 
 def evaluate(run: Run) -> None:
@@ -180,6 +191,10 @@ def evaluate(run: Run) -> None:
     the run's generator is written."""
     run.stage_folder("eval", training=False)
     settings = run.settings.evaluate
+    if settings.images < run.world.size:
+        raise UserError(
+            f"evaluate.images={settings.images} are fewer than the {run.world.size} processes: each makes some"
+        )
     network = ClassifierFeatures(run)
     reference = real_images(run, network)
     while settings.watch:

@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import os
+import textwrap
 from pathlib import Path
 
 from trainer.checkpoint.files import write_text
@@ -11,7 +12,7 @@ from trainer.config.schema import RunSettings
 from trainer.entry import exit_with, settings_verb
 from trainer.errors import UserError
 from trainer.evaluation.plots import curves, evaluated, prompt_rows
-from trainer.evaluation.results import Results, Row, as_json, as_text, cells, table
+from trainer.evaluation.results import Results, Row, as_json, as_text, cells, explanation, table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -70,19 +71,12 @@ def page(runs: list[Results], rows: list[Row], figure: bytes | None) -> str:
     manifest = Path(main.config["path"] or main.folder / "path") / "path.json"
     if manifest.exists():
         nodes = json.loads(manifest.read_text())["nodes"]
-    scores = main.evaluation("generator") or main.evaluation("teacher")
-    note = ""
-    if scores:
-        note = (
-            f"FID, KID, precision, recall and accuracies by the {scores['features']}; pixel FD on principal components of the "
-            f"pixels; all against {scores['reference']}. Compute is in forward passes on one batch. New classes and "
-            "colours are of combinations that training never showed."
-        )
     recorded = [n["step"] for n in nodes[1:]]
     spots = "; ".join(f"node {n['index']}: step {n['step']}, distance {n['distance_to_node_0']:.4f}" for n in nodes)
     parts = [
-        f"<h1>{html.escape(str(main.folder))}</h1><p>{html.escape(note)}</p>",
+        f"<h1>{html.escape(str(main.folder))}</h1>",
         _table(rows) if rows else "",
+        f"<p>{html.escape(explanation(main))}</p>",
         _section("Prompts", _figure(figure)),
         _section(
             "Generated images",
@@ -116,7 +110,6 @@ def page(runs: list[Results], rows: list[Row], figure: bytes | None) -> str:
             *_grids(main, "pretrain", 3),
         ),
         f"<h2>Configuration</h2><pre>{html.escape((main.folder / 'config.yaml').read_text())}</pre>",
-        f"<p>Training images: {html.escape(scores['credit'])}</p>" if scores and scores.get("credit") else "",
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(main.folder.name)}</title>'
@@ -141,6 +134,7 @@ def report(settings: RunSettings) -> None:
     except OSError as error:
         raise UserError(f"{main}: the report cannot be written: {error.strerror}") from error
     print(as_text(rows) if rows else "no evaluation yet: run `disback evaluate`")
+    print(f"\n{textwrap.fill(explanation(runs[0]), 120)}")
     print(f"\npage:     {out.resolve()}\npictures: {(main / 'eval').resolve()}/*/grid.png")
 
 

@@ -33,8 +33,8 @@ def scores(fid: float, accuracy: float | None = 0.5) -> dict:
 
 def make_run(folder: Path, kind: str = "walk", last: int = 10, **places: str) -> Path:
     """A run folder with results, as small as they can be."""
-    sample = {"steps": 25, "prompts": ["a seven", "an eight", "a nine <3"]}
-    config = {"backtrack": {"path": kind, "fake_updates": 5}, "sample": sample, "path": "", "pipeline": ""}
+    backtrack = {"path": kind, "fake_updates": 5, "batch": 32}
+    config = {"backtrack": backtrack, "sample": {"steps": 25}, "path": "", "pipeline": ""}
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config | places))
     keys = {"mismatch": 0.5, "target_node": 3, "loss/fake_score": 1.0, "grad_norm/generator": None}
@@ -62,6 +62,8 @@ def runs(tmp_path) -> list[Path]:
     )
     for what in ("teacher", "start", "generator"):
         write_png(torch.zeros(3, 8, 24, dtype=torch.uint8), str(run / "eval" / what / "prompts.png"))
+        about = {"prompts": ["a seven", "an eight", "a nine <3"], "sampling_steps": 25 if what == "teacher" else 1}
+        (run / "eval" / what / "settings.yaml").write_text(yaml.safe_dump(about))
     nodes = [{"index": i, "step": 10 * i, "distance_to_node_0": 0.1 * i} for i in range(3)]
     write(run / "path" / "path.json", {"nodes": nodes})
     (run / "backtrack" / "samples").mkdir()
@@ -89,7 +91,7 @@ def test_the_final_table(runs):
     longer stands there twice: at equal updates, and at its end."""
     rows = table([Results(run) for run in runs])
     assert [(r.label, r.sampling_steps, r.generator_updates, r.compute, r.fid, r.train_seconds) for r in rows] == [
-        ("teacher", 25, 0, 0.0, 1.0, 7.0),
+        ("teacher", 25, 0, None, 1.0, 7.0),
         ("start", 1, 0, 0.0, 90.0, 0.0),
         ("none", 1, 2, 90.0, 3.0, 20.0),
         ("none", 1, 3, 135.0, 3.0, 30.0),
@@ -111,7 +113,7 @@ def test_a_report(runs, tmp_path, capsys, monkeypatch):
     page = (runs[0] / "report.html").read_text()
     # Evaluations 2, sample grids 6 of 10, backtracking 3 (one metric is null), recording 2, the teacher 1, the prompts.
     assert page.count("data:image/png;base64,") == 15 and "http" not in page
-    assert "Training images: somebody &lt;b&gt;" in page and (runs[0] / "figure.png").exists()
+    assert "Training images: somebody &lt;b&gt;." in page and (runs[0] / "figure.png").exists()
     assert "node 2: step 20, distance 0.2000" in page
     assert [row["label"] for row in json.loads((runs[0] / "summary.json").read_text())["rows"]] == [
         "teacher", "start", "none", "none", "path",

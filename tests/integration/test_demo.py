@@ -58,19 +58,30 @@ def test_a_new_demo_runs_every_verb(name, tmp_path, monkeypatch):
 
 def test_what_is_done_is_skipped_with_the_same_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run, teacher = Path("runs/digits"), Path("runs/digits/pipeline/model_index.json")
-    teacher.parent.mkdir(parents=True)
-    teacher.touch()
+    run = Path("runs/digits")
+    results = [run / name for name in ("pipeline/disback.json", "path/path.json", "generator/disback.json")]
+    for time_made, file in enumerate(results):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time_made, time_made))
     settings = support.load_settings(CONFIGS / "digits.yaml", ["pretrain.steps=9"]).model_dump(mode="json")
     (run / "config.yaml").write_text(yaml.safe_dump({"about": {"disback": "0"}} | settings))
-    assert [task.verb for task in plan("digits", ["pretrain.steps=9"])[1] if task.done] == ["pretrain"]
-    assert not any(task.done for task in plan("digits", [])[1])
+
+    def done(*overrides: str) -> list[str]:
+        return [task.verb for task in plan("digits", list(overrides))[1] if task.done]
+
+    assert done("pretrain.steps=9") == ["pretrain", "record", "backtrack"] and not done()
+    (run / "backtrack").mkdir()
+    (run / "backtrack" / "status.json").write_text('{"step": 30}')  # went on for more steps, and was stopped
+    assert done("pretrain.steps=9") == ["pretrain", "record"]
+    os.utime(results[0], (9, 9))  # another teacher
+    assert done("pretrain.steps=9") == ["pretrain"]
 
 
 def test_the_first_rank_to_fail_has_the_exit_code(tmp_path):
     assert command("record", ["x"], 1, "deepspeed") == [sys.executable, "-m", "trainer.record", "x"]
     children = Children(tmp_path)
-    assert children.outcome(0) == (0, "") and children.outcome(1) == (1, "") and children.outcome(-9) == (137, "")
+    assert children.outcome(0) == (0, "") and children.outcome(1) == (1, "") and children.outcome(-9) == (-9, "")
     (tmp_path / "exit").write_text("75 saved\n")
     assert children.outcome(1) == (75, "saved")
 

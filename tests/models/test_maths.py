@@ -275,9 +275,11 @@ def test_pixel_components_see_what_changes_most():
     images = (torch.ones(50, 3, 4, 4) * strength).to(torch.uint8)
     pixels = PixelComponents.pixels(images)
     assert pixels.shape == (50, 48) and pixels[0].allclose(strength[0].float() / 127.5 - 1)
-    features = PixelComponents(pixels, components=2)(images)
+    features = PixelComponents.fit(pixels, components=2)(images)
     assert features[:, 0].var().item() == pytest.approx(pixels.var(0).sum().item(), rel=1e-4)
     assert features[:, 1].abs().max() < 1e-4 and features.mean(0).abs().max() < 1e-5
+    turned = PixelComponents.fit(torch.cat([pixels, pixels, pixels[:1]]), components=2)  # more images than pixels
+    assert turned(images)[:, 0].abs().allclose(features[:, 0].abs(), atol=0.05)
     large = torch.randint(0, 255, (2, 3, 64, 64), generator=rng).to(torch.uint8)
     expected = large.float().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
     assert torch.allclose(PixelComponents.pixels(large), expected.flatten(1), atol=1e-5)

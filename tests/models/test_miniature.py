@@ -49,8 +49,10 @@ def test_any_number_of_levels(vae, unet):
 
 
 def test_levels_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="resolution=12 cannot be halved 3 times"):
+    with pytest.raises(ValueError, match="resolution=12 is not a multiple of 8"):
         MiniatureSettings(resolution=12, vae_channels=(8, 8, 8), unet_channels=(8, 8))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        MiniatureSettings(unet_channels=(12, 32))
 
 
 def test_captions_of_the_emoji_lie_apart():

@@ -99,39 +99,24 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(site) -> str:
-    """Record and backtrack in two processes without Slurm: `torchrun --nnodes 2`, two agents as on two hosts."""
+    """Record and backtrack in two processes without Slurm."""
     for verb in ("record", "backtrack"):
-        places = ["run=runs/reference", "path=runs/reference/path", *SETTINGS.split()]
-        agents = []
-        for node in (0, 1):
-            call = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nnodes",
-                "2",
-                "--nproc-per-node",
-                "1",
-                "--node-rank",
-                str(node),
-            ]
-            call += [
-                "--master-addr",
-                "127.0.0.1",
-                "--master-port",
-                "11999",
-                "-m",
-                f"trainer.{verb}",
-                "--config",
-                "tiny.yaml",
-            ]
-            agents.append(
-                subprocess.Popen(
-                    [*call, *places], env=site.env | {"PYTHONPATH": str(REPOSITORY)}, cwd=site.folder, text=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                )
-            )  # fmt: skip
-        for agent in agents:
-            output = agent.communicate(timeout=500)[0]
-            assert agent.returncode == 0, output[-4000:]
+        torchrun(site, verb, "run=runs/reference", "path=runs/reference/path", *SETTINGS.split())
     return "reference"
+
+
+def torchrun(site: Site, verb: str, *settings: str, config: str = "tiny.yaml") -> None:
+    """Runs a verb in two processes without Slurm: `torchrun --nnodes 2`, two agents as on two hosts."""
+    common = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port 11999"
+    agents = []
+    for node in "01":
+        call = [sys.executable, *common.split(), "--node-rank", node, "-m", f"trainer.{verb}", "--config", config]
+        agents.append(
+            subprocess.Popen(
+                [*call, *settings], env=site.env | {"PYTHONPATH": str(REPOSITORY)}, cwd=site.folder, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    for agent in agents:
+        output = agent.communicate(timeout=500)[0]
+        assert agent.returncode == 0, output[-4000:]

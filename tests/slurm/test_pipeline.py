@@ -2,8 +2,9 @@
 
 import json
 import re
+import sys
 
-from conftest import SCRIPTS, SETTINGS, TWO_NODES
+from conftest import REPOSITORY, SCRIPTS, SETTINGS, TWO_NODES, torchrun
 
 
 def submit_pipeline(site, *arguments: str, **env: str) -> dict[str, str]:
@@ -24,6 +25,33 @@ def test_record_backtrack_evaluate(site, reference):
     scores = json.loads((run / "eval" / "generator" / "metrics.json").read_text())
     assert scores["images"] == 64 and scores["fid"] > 0
     assert site.weights("line") == site.weights(reference)
+
+
+# The demo's own configuration, cut short: its ZeRO stages, networks, data and scores.
+SHORT = f"""
+extends: {REPOSITORY}/configs/emoji.yaml
+pretrain: {{steps: 2, loop: {{sample_every: 0}}, autoencoder: {{steps: 2, loop: {{sample_every: 0}}}}}}
+record: {{steps: 3, nodes: 2, loop: {{sample_every: 0}}}}
+backtrack: {{steps: 4, loop: {{log_every: 1, sample_every: 0, save_every: 4, keep_weights_every: 0}}}}
+evaluate: {{images: 64, batch: 32}}
+"""
+
+
+def test_the_demo(site):
+    """From shards to scores on two nodes, as `make demo` does on one; the same training as without Slurm."""
+    (site.folder / "emoji.yaml").write_text(SHORT)
+    site.call(sys.executable, "-m", "trainer.cli", "shards", "--emoji", PYTHONPATH=str(REPOSITORY))
+    site.ends(site.sbatch("pretrain.sh", CONFIG="emoji.yaml"), "COMPLETED")
+    jobs = submit_pipeline(site, CONFIG="emoji.yaml")
+    for verb in ("record", "backtrack"):
+        torchrun(site, verb, "run=runs/plain", "path=runs/plain/path", config="emoji.yaml")
+    for verb in ("record", "backtrack", "evaluate"):
+        site.ends(jobs[verb], "COMPLETED")
+    assert site.weights("emoji") == site.weights("plain")
+    scores = json.loads((site.folder / "runs/emoji/eval/generator/metrics.json").read_text())
+    names = [f"{part}{label}_accuracy" for part in ("", "heldout_") for label in ("class", "colour")]
+    assert scores["fid"] > 0 and scores["pixel_fd"] > 0 and all(0 <= scores[name] <= 1 for name in names)
+    assert "CC BY-SA" in scores["credit"]
 
 
 def test_the_deepspeed_launcher(site, reference):

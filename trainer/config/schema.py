@@ -251,7 +251,7 @@ class EvaluateSettings(Settings):
     seed: int = 0
     """image i is drawn with seed + i"""
     features: Literal["digits", "emoji"] = "digits"
-    """feature network: the classifier of a demo's labels, which the first evaluation trains on the training shards"""
+    """feature network: the classifier of a demo's labels, which the first evaluation trains on `data.labelled`"""
     classifier: str = ""
     """folder of that classifier (default: classifier/ in the run folder)"""
 

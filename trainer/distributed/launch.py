@@ -1,4 +1,4 @@
-"""Verbs as child processes: started under a launcher, asked to save when they shall stop, and never left behind."""
+"""Verbs as child processes: started under a launcher, asked to save before they stop; none is left running."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,8 @@ DEFAULTS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": 
 
 @contextlib.contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Holds a lock file. Raises UserError if another process holds it."""
+    """Holds a lock file. Waits if its holder was killed and only the processes that end its children are left; raises
+    UserError if the holder lives."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a+")
@@ -34,11 +35,25 @@ def locked(file: Path, what: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise UserError(f"{what} is still running in {file.parent} (process {lock.read()})") from error
+            holder = lock.read()
+            if _lives(holder):
+                raise UserError(f"{what} is still running in {file.parent} (process {holder})") from error
+            print(f"{what} was killed in {file.parent}: waiting until its processes have stopped", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, PermissionError):  # its number is not written yet; another user's
+        pass
+    return True
 
 
 def command(verb: str, arguments: list[str], processes: int, launcher: str) -> list[str]:
@@ -59,8 +74,8 @@ def command(verb: str, arguments: list[str], processes: int, launcher: str) -> l
 class Children:
     """The processes that have `folder` as DISBACK_JOB_FOLDER in their environment, whoever their parent is by now.
 
-    A context manager. It starts by ending what a killed call has left. If this process is killed in it, a second process,
-    which also keeps the locks of this one, ends them.
+    A context manager. Entering it first stops processes that a killed call has left. If this process is killed, a second
+    process, which also keeps the locks of this one, ends them. Finding processes needs Linux's /proc.
     """
 
     def __init__(self, folder: Path):
@@ -102,7 +117,7 @@ class Children:
             own, _, message = (self.folder / "exit").read_text().partition(" ")
             return (int(own), message.strip()) if code else (0, "")
         except (OSError, ValueError):
-            return (code if code >= 0 else 128 - code), ""
+            return code, ""
 
     def running(self) -> dict[int, bytes]:
         """Command lines by process ID."""

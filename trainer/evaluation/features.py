@@ -1,4 +1,4 @@
-"""Feature networks: what the scores compare images by. `evaluate.features` chooses one."""
+"""Feature networks: what the scores compare images by. So far a classifier, whose labels `evaluate.features` chooses."""
 
 import json
 from dataclasses import dataclass
@@ -60,8 +60,15 @@ class ClassifierFeatures:
             self._train(run, folder, file, chosen.width)
         barrier(run.world)
         self.network = Classifier.load(file).to(run.world.device)
+        known = self.network.about
+        if set(known["values"]) != set(self.labels.values()) or known["resolution"] != settings.data.resolution:
+            raise UserError(
+                f"{file} knows {', '.join(known['values'])} at {known['resolution']} pixels, not "
+                f"{', '.join(self.labels.values())} at {settings.data.resolution}: name another folder with "
+                "evaluate.classifier, or remove it to train another"
+            )
         accuracy = json.loads((folder / "metrics.json").read_text())["heldout_accuracy"]
-        self.name = f"{settings.evaluate.features} classifier, on real held-out images {_shown(accuracy)}"
+        self.name = f"{settings.evaluate.features} classifier ({_shown(accuracy)} on real held-out images)"
 
     def _train(self, run: Run, folder: Path, file: Path, width: int) -> None:
         images, metas = labelled(run, "labelled" if run.settings.data.labelled else "train", self.labels)
@@ -121,7 +128,7 @@ def as_shares(counts: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _shown(accuracy: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in accuracy.items())
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in accuracy.items())
 
 
 def to_bytes(images: Tensor) -> Tensor:

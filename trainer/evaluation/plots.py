@@ -50,28 +50,26 @@ def evaluated(runs: list[Results], key: str, title: str) -> bytes | None:
 
 
 def prompt_rows(run: Results) -> bytes | None:
-    """The prompts of a run as columns, and as rows what teacher, untrained generator and generator make of them; None
-    before an evaluation of the generator with `sample.prompts`."""
-    sample = run.config["sample"]
-    prompts, steps = sample["prompts"], sample["steps"]
-    rows = {
-        "teacher": f"teacher,\n{steps} steps",
-        "start": "one step,\nbefore",
-        "generator": "one step,\nafter",
-    }
-    strips = {what: run.folder / "eval" / what / "prompts.png" for what in rows}
-    strips = {what: plt.imread(file) for what, file in strips.items() if file.exists()}
-    strips = {what: strip for what, strip in strips.items() if strip.shape[1] == len(prompts) * strip.shape[0]}
-    if "generator" not in strips:
+    """Prompts as columns, and as rows what teacher, untrained generator and generator made of them; None before an
+    evaluation of the generator with `sample.prompts`. A row of other prompts than the generator's is left out."""
+    steps = f"{run.student_steps} steps" if run.student_steps > 1 else "one step"
+    labels = {"teacher": "teacher,\n{} steps", "start": f"{steps},\nbefore", "generator": f"{steps},\nafter"}
+    rows, found = {}, {what: run.prompt_images(what) for what in labels}
+    if not found["generator"]:
         return None
+    prompts = found["generator"][1]["prompts"]
+    for what, label in labels.items():
+        if found[what] and found[what][1]["prompts"] == prompts:
+            file, settings = found[what]
+            rows[label.format(settings["sampling_steps"])] = np.split(plt.imread(file), len(prompts), axis=1)
     figure, cells = plt.subplots(
-        len(strips), len(prompts), figsize=(1.05 * len(prompts) + 1, 1.05 * len(strips) + 0.6), squeeze=False
+        len(rows), len(prompts), figsize=(1.05 * len(prompts) + 1, 1.05 * len(rows) + 0.6), squeeze=False
     )
-    for line, (what, strip) in zip(cells, strips.items(), strict=True):
-        for axes, image in zip(line, np.split(strip, len(prompts), axis=1), strict=True):
+    for line, (label, images) in zip(cells, rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
             axes.imshow(image, interpolation="nearest" if len(image) <= 64 else None)
             axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(rows[what], rotation=0, ha="right", va="center", fontsize=9)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for axes, prompt in zip(cells[0], prompts, strict=True):
         axes.set_title(textwrap.fill(prompt, 15), fontsize=7)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)

@@ -19,9 +19,9 @@ SCORES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table. compute: forward-equivalents of training, and train_seconds: its time; for the teacher
-    those of pretraining; for a generator those of backtracking, plus recording if it uses the path. The scores from `fid`
-    on are those of eval/*/metrics.json."""
+    """One line of the final table. compute: forward-equivalents of training, in batches of this run, and train_seconds: its
+    time; for the teacher those of pretraining; for a generator those of backtracking, plus recording if it uses the path.
+    SCORES and images are those of eval/*/metrics.json."""
 
     label: str
     sampling_steps: int
@@ -71,26 +71,45 @@ class Results:
         file = self.folder / "eval" / what / "metrics.json"
         return json.loads(file.read_text()) if file.exists() else None
 
+    def prompt_images(self, what: str) -> tuple[Path, dict] | None:
+        """The row of images that an evaluation made of `sample.prompts`, and the settings that say how."""
+        folder = self.folder / "eval" / what
+        if not (folder / "prompts.png").exists():
+            return None
+        return folder / "prompts.png", yaml.safe_load((folder / "settings.yaml").read_text())
+
     def evaluations_over_steps(self) -> list[tuple[int, dict]]:
         """Steps and metrics of the checkpoints that were evaluated."""
         folders = by_step(self.folder / "eval").items()
         return [(step, scores) for step, folder in folders if (scores := self.evaluation(folder.name))]
 
-    def training(self, stage: str, step: int | None = None) -> tuple[float, float]:
-        """Compute and seconds of a stage, up to a step, of this run or of the run that its pipeline or path comes from."""
+    def training(self, stage: str, step: int | None = None) -> tuple[float | None, float]:
+        """Compute, None if it is not known, and seconds of a stage, up to a step, of this run or of the run that its pipeline
+        or path comes from."""
         roots = {
             "record": self.config["path"],
             "pretrain": self.config["pipeline"],
             "autoencoder": self.config["pipeline"],
         }
-        owner = Path(roots[stage]).parent if roots.get(stage) else self.folder
-        lines = Results(owner).lines(stage) if (owner / "config.yaml").exists() else []
-        last = next((line for line in reversed(lines) if step is None or line["step"] <= step), {})
-        return last.get("compute") or 0.0, last.get("time") or 0.0
+        folder = Path(roots[stage]).parent if roots.get(stage) else self.folder
+        if not (folder / "config.yaml").exists():
+            return None, 0.0
+        owner = Results(folder)
+        lines = [line for line in owner.lines(stage) if step is None or line["step"] <= step]
+        last = lines[-1] if lines else {}
+        compute = last.get("compute")
+        if compute is not None:  # its unit is a batch of the run that trained
+            compute *= owner.config["backtrack"]["batch"] / self.config["backtrack"]["batch"]
+        return compute, last.get("time") or 0.0
 
     def grids(self, stage: str) -> list[tuple[int, Path]]:
         """Steps and files of a stage's sample grids."""
         return list(by_step(self.folder / stage / "samples", ".png").items())
+
+    @property
+    def student_steps(self) -> int:
+        """Sampling steps of the generator."""
+        return len(self.config["backtrack"].get("student_timesteps", [])) or 1
 
     @property
     def last_step(self) -> int:
@@ -108,22 +127,24 @@ class Results:
         if settings["path"] != "none":
             parts.append(self.training("record"))
         updates = (step or self.last_step) // settings["fake_updates"]
-        return _row(self.label, len(settings.get("student_timesteps", [])) or 1, updates, parts, scores)
+        return _row(self.label, self.student_steps, updates, parts, scores)
 
     def other_rows(self) -> list[Row]:
         """The teacher, sampled with all its steps, and the untrained generator."""
         rows = []
         if scores := self.evaluation("teacher"):
-            parts = [self.training("pretrain"), self.training("autoencoder")]
+            parts = [self.training("pretrain"), (0.0, self.training("autoencoder")[1])]  # compute of denoisers only
             rows.append(_row("teacher", self.config["sample"]["steps"], 0, parts, scores))
         if scores := self.evaluation("start"):
-            rows.append(_row("start", 1, 0, [], scores))
+            rows.append(_row("start", self.student_steps, 0, [], scores))
         return rows
 
 
-def _row(label: str, steps: int, updates: int, parts: list[tuple[float, float]], scores: dict) -> Row:
+def _row(label: str, steps: int, updates: int, parts: list[tuple[float | None, float]], scores: dict) -> Row:
     """A row from the compute and the seconds of its training's parts, and from its metrics."""
-    compute, seconds = (round(sum(part[i] for part in parts), 1) for i in range(2))
+    known = [compute for compute, _ in parts if compute is not None]
+    compute = round(sum(known), 1) if len(known) == len(parts) else None
+    seconds = round(sum(seconds for _, seconds in parts), 1)
     shown = {name: scores.get(name) for name in SCORES}
     return Row(label, steps, updates, compute, images=scores["images"], train_seconds=seconds, **shown)
 
@@ -152,8 +173,8 @@ COLUMNS = {
     "recall": ("recall", ".2f"),
     "class_accuracy": ("class", ".3f"),
     "colour_accuracy": ("colour", ".3f"),
-    "heldout_class_accuracy": ("new class", ".3f"),
-    "heldout_colour_accuracy": ("new colour", ".3f"),
+    "heldout_class_accuracy": ("class, new", ".3f"),
+    "heldout_colour_accuracy": ("colour, new", ".3f"),
     "images": ("images", "d"),
     "train_seconds": ("train, s", ".0f"),
 }
@@ -179,6 +200,23 @@ def as_text(rows: list[Row]) -> str:
         for line in table
     ]
     return "\n".join(lines)
+
+
+def explanation(run: Results) -> str:
+    """What the table's columns are, in sentences; empty without an evaluation."""
+    scores = run.evaluation("generator") or run.evaluation("teacher")
+    if not scores:
+        return ""
+    text = (
+        f"Features and accuracies: {scores['features']}. Reference: {scores['reference']}. Pixel FD: Frechet distance on "
+        "principal components of the pixels. Compute: forward passes of the denoiser on one batch; a run without recording "
+        "stands there at equal updates and, trained on, at equal compute."
+    )
+    if scores.get("heldout_class_accuracy") is not None:
+        text += ' "new": combinations of object and colour that training did not show.'
+    if scores.get("credit"):
+        text += f" Training images: {scores['credit']}."
+    return text
 
 
 def as_json(rows: list[Row]) -> str:

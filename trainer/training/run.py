@@ -20,6 +20,7 @@ from models.sampler import Sampler
 from models.validate import check_fit, check_pipeline
 from trainer import VERSION
 from trainer.checkpoint.directory import CheckpointDirectory
+from trainer.checkpoint.files import write_text
 from trainer.config.schema import RunSettings
 from trainer.distributed.logs import start_log
 from trainer.distributed.world import World, barrier, from_main
@@ -113,7 +114,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self.world.main and training:
-                (self.folder / "config.yaml").write_text(self._resolved())
+                write_text(self._resolved(), self.folder / "config.yaml", durable=False)
         except OSError as error:
             raise UserError(
                 f"run folder {self.folder}: cannot be written: {error.strerror}: choose another with run=..."
