@@ -14,7 +14,7 @@ import support
 import yaml
 
 from trainer.demo import CONFIGS, PRIOR_SECONDS, SECONDS, TimeLeft, plan
-from trainer.distributed.launch import Children, command
+from trainer.distributed.launch import Children, command, locked
 from trainer.errors import UserError
 
 
@@ -84,6 +84,31 @@ def test_the_first_rank_to_fail_has_the_exit_code(tmp_path):
     assert children.outcome(0) == (0, "") and children.outcome(1) == (1, "") and children.outcome(-9) == (-9, "")
     (tmp_path / "exit").write_text("75 saved\n")
     assert children.outcome(1) == (75, "saved")
+
+
+HOLDER = """
+import os, signal, sys, time
+from pathlib import Path
+from trainer.distributed.launch import locked
+with locked(Path(sys.argv[1]), "the demo"):
+    if os.fork() == 0:
+        time.sleep(2)  # as the process that ends a killed demo's ranks does
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_demo_is_waited_for(tmp_path, capsys):
+    file = tmp_path / "demo.lock"
+    held = subprocess.run([sys.executable, "-c", HOLDER, file], env=support.environment(), stdout=subprocess.DEVNULL)
+    assert held.returncode == -signal.SIGKILL
+    with locked(file, "the demo"):
+        assert "the demo was killed" in capsys.readouterr().err
+        with (
+            pytest.raises(UserError, match=f"still running in {tmp_path} .process {os.getpid()}"),
+            locked(file, "the demo"),
+        ):
+            pass
 
 
 def test_help_needs_no_torch():

@@ -30,7 +30,7 @@ def test_exported_pipeline_equals_our_sampling(root, world):
     assert theirs.std() > 0.01
     assert np.abs(theirs - ours_float).max() <= 1.01 / 255  # ours truncates to bytes
     note = json.loads((folder / "disback.json").read_text())
-    assert note["conditioning_timestep"] == 399 and note["checkpoint"] == "step-00000008"
+    assert note["conditioning_timestep"] == 749 and note["checkpoint"] == "step-00000008"
     # The weights are the averaged ones of the last checkpoint.
     last = run.folder / "backtrack" / "checkpoints" / "step-00000008" / "weights"
     assert weights_hash(folder / "unet") == weights_hash(last)
@@ -43,7 +43,7 @@ def test_a_student_from_recording_to_pipeline(root, world):
     run = Run(support.tiny(root, "student-run", *flags), world)
     record(run)
     assert json.loads((path / "path.json").read_text())["timesteps"] == [999, 499]
-    with pytest.raises(UserError, match=r"another generator start \(timestep 999,499, this run 399;"):
+    with pytest.raises(UserError, match=r"another generator start \(timestep 999,499, this run 749;"):
         backtrack(Run(support.tiny(root, "other", f"path={path}"), world))
     backtrack(run)
     folder = run.folder / "generator"

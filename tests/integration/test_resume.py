@@ -135,7 +135,7 @@ def test_a_checkpoint_of_another_run_is_refused(root, world):
     run = support.single(root, "identity", world)
     assert support.backtrack_weights(run, signal_at=(2,)) is None
     other = support.single(root, "identity", world, "backtrack.guidance_scale=2.0")
-    with pytest.raises(UserError, match=r"backtrack.guidance_scale was 1.5, is now 2.0"):
+    with pytest.raises(UserError, match=r"backtrack.guidance_scale was 1.25, is now 2.0"):
         support.backtrack_weights(other)
     longer = support.single(root, "identity", world, "backtrack.steps=10")
     assert support.backtrack_weights(longer) is not None

@@ -109,7 +109,7 @@ def test_settings_that_do_not_fit(whole):
 def test_nothing_is_made_of_a_pipeline_that_does_not_fit(shards, whole, tmp_path):
     for verb in (record, backtrack):
         run = Run(support.tiny(shards, "unfit", f"pipeline={whole['sd3']}", f"path={tmp_path}/p"), World(0, 1, 0, CPU))
-        with pytest.raises(ModelError, match="conditioning_timestep=399: .* set conditioning_timestep=1000"):
+        with pytest.raises(ModelError, match="conditioning_timestep=749: .* set conditioning_timestep=1000"):
             verb(run)
         assert not run.folder.exists() and not (tmp_path / "p").exists()
 

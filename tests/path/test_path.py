@@ -86,7 +86,7 @@ def test_path_of_another_teacher(root, world, copy):
 
 
 def test_path_of_another_generator_start(root, world, copy):
-    with pytest.raises(UserError, match="another generator start .*timestep 399, this run 299"):
+    with pytest.raises(UserError, match="another generator start .*timestep 749, this run 299"):
         opened(root, world, copy, conditioning_timestep=299)
     with pytest.raises(UserError, match="another generator start"):
         opened(root, world, copy, generator_start=root / "base" / "path" / "node-0001")
