@@ -27,7 +27,7 @@ from trainer.training.progress import Progress
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Seconds of each part as two processes on two CPU cores, for the time left. On other machines only their ratios count.
 SECONDS = {
-    "emoji": dict(shards=11, autoencoder=105, teacher=250, record=27, backtrack=65, ablation=35, evaluate=75, report=4),
+    "emoji": dict(shards=13, autoencoder=115, teacher=293, record=23, backtrack=71, ablation=31, evaluate=75, report=4),
     "digits": dict(shards=2, autoencoder=20, teacher=110, record=15, backtrack=20, ablation=25, evaluate=50, report=5),
 }
 PRIOR_SECONDS = 30.0  # of work at the reference pace, assumed on top of what was seen: a start says little
