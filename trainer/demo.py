@@ -25,10 +25,11 @@ from trainer.errors import Stopped, UserError
 from trainer.training.progress import Progress
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# Seconds of each part as two processes on two CPU cores, for the time left. On other machines only their ratios count.
+# Seconds of each part on two CPU cores (emoji with two processes, digits with one), for the time left. On other machines only
+# their ratios count.
 SECONDS = {
     "emoji": dict(shards=13, autoencoder=115, teacher=293, record=23, backtrack=71, ablation=31, evaluate=75, report=4),
-    "digits": dict(shards=2, autoencoder=20, teacher=110, record=15, backtrack=20, ablation=25, evaluate=50, report=5),
+    "digits": dict(shards=4, autoencoder=38, teacher=98, record=11, backtrack=22, ablation=15, evaluate=32, report=3),
 }
 PRIOR_SECONDS = 30.0  # of work at the reference pace, assumed on top of what was seen: a start says little
 LINE_SECONDS = 20.0  # between lines about the same part where a line cannot be rewritten, as in a CI log
