@@ -27,7 +27,10 @@ command -v "$PYTHON" >/dev/null || fail "node $node: $PYTHON not found: set VENV
 export PYTHONPATH=$DISBACK_HOME${PYTHONPATH:+:$PYTHONPATH}
 
 missing='import importlib.util as u; print(*[m for m in ("yaml", "torch", "deepspeed", "diffusers") if not u.find_spec(m)])'
-missing=$("$PYTHON" -c "$missing" 2>&1) || fail "node $node: $PYTHON fails to start: ${missing##*$'\n'}"
+missing=$("$PYTHON" -c "$missing" 2>&1)
+code=$?
+if ((code == 137 || code == 143)); then exit "$code"; fi # stopped with its step, because another rank ended: no mistake
+((code == 0)) || fail "node $node: $PYTHON fails to start: ${missing##*$'\n'}"
 [ -z "$missing" ] || fail "node $node: $PYTHON is missing ${missing// /, }: choose an environment with VENV, DISBACK_SETUP or CONTAINER"
 
 mode=$1

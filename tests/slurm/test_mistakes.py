@@ -60,6 +60,15 @@ def test_the_last_line_names_the_mistake(site, jobs, what, words):
     assert about["ExitCode"] == "2:0" and about["Restarts"] == "0"
 
 
+@pytest.mark.parametrize("signal, code", [("TERM", 143), ("KILL", 137), ("SEGV", 2)])
+def test_a_task_that_ends_with_its_step_reports_no_mistake(site, tmp_path, signal, code):
+    """Slurm may stop a task, for another that died, while it still looks for its packages. A crash is its own mistake."""
+    dying = site.wrapper(f"dying-{signal}", f"kill -{signal} $$")
+    env = {"PYTHON": dying, "VENV": "", "DISBACK_HOME": str(REPOSITORY), "DISBACK_JOB_FOLDER": str(tmp_path)}
+    ended = site.call("bash", str(SCRIPTS / "task.sh"), "srun", "record", check=False, **env)
+    assert ended.startswith(f"{code} ") and (tmp_path / "exit").exists() == (code == 2)
+
+
 def test_pipeline_and_scripts_outside_of_slurm(site):
     assert "2 disback: CONFIG=none.yaml" in site.call("bash", f"{SCRIPTS}/pipeline.sh", check=False, CONFIG="none.yaml")
     plain = site.call("bash", f"{SCRIPTS}/record.sh", check=False, PATH="/usr/bin:/bin")
