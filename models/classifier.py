@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.errors import ModelError
+from models.image_metrics import as_floats
 
 
 class Classifier(nn.Module):
@@ -83,11 +84,6 @@ class Classifier(nn.Module):
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise ModelError(f"{file}: is damaged, or of an earlier version: remove it to train another") from error
         return model.eval().requires_grad_(False)
-
-
-def as_floats(images: Tensor) -> Tensor:
-    """uint8 images as floats in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def new_classifier(resolution: int, width: int, values: dict[str, list], seed: int) -> Classifier:

@@ -69,6 +69,11 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[f
     return float(precision), float(recall)
 
 
+def as_floats(images: Tensor) -> Tensor:
+    """uint8 images as floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 @dataclass(frozen=True)
 class PixelComponents:
     """The first principal components of a set of images: features that no classifier has chosen, so that what a classifier
@@ -94,10 +99,14 @@ class PixelComponents:
             directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -components:].T
         return cls(mean, directions.flip(0).to(images.dtype))
 
+    def to(self, device: torch.device) -> "PixelComponents":
+        """The same on a device."""
+        return PixelComponents(self.mean.to(device), self.directions.to(device))
+
     @classmethod
     def pixels(cls, images: Tensor) -> Tensor:
         """uint8 images [N, 3, H, W] as rows of float pixels in [-1, 1], [N, P]."""
-        images = images.float() / 127.5 - 1
+        images = as_floats(images)
         if images.shape[-1] > cls.side:
             images = nn.functional.adaptive_avg_pool2d(images, cls.side)
         return images.flatten(1)

@@ -71,7 +71,7 @@ def real_images(run: Run, network: FeatureNetwork) -> Reference:
     samples = [dataset.read_text(row) for row in range(len(dataset))]
     pixels = gather_rows(torch.cat(pixels), world)
     # Of rank 0: other processors may find other signs and, for directions of equal variance, other bases.
-    components = from_main(PixelComponents.fit(pixels) if world.main else None, world)
+    components = from_main(PixelComponents.fit(pixels.cpu()) if world.main else None, world).to(world.device)
     return Reference(
         str(run.settings.data.heldout),
         gather_rows(torch.cat(features), world),
@@ -144,12 +144,7 @@ def _prompt_images(run: Run, opened: OpenSource) -> Tensor | None:
     sample = run.settings.sample
     if not sample.prompts:
         return None
-    numbers = list(range(len(sample.prompts)))
-    images = [
-        opened.images(sample.prompts[first : first + sample.batch], sample.seed, numbers[first : first + sample.batch])
-        for first in range(0, len(numbers), sample.batch)
-    ]
-    return torch.cat(list(torch.cat(images).cpu()), dim=2)
+    return torch.cat(list(opened.all_images(sample.prompts, sample.seed, sample.batch)), dim=2)
 
 
 def _write(run: Run, source: Source, record: dict, shown: list[Tensor], prompts: Tensor | None) -> None:

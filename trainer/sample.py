@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from torchvision.io import write_png
 
 from trainer.entry import exit_with, run_verb
@@ -24,11 +23,7 @@ def sample(run: Run) -> None:
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}: choose another folder with --out") from error
     captions = [settings.prompts[i % len(settings.prompts)] for i in range(settings.images)]
-    images = []
-    for first in range(0, settings.images, settings.batch):
-        part = list(range(first, min(first + settings.batch, settings.images)))
-        images.append(source.images([captions[i] for i in part], settings.seed, part).cpu())
-    images = torch.cat(images)
+    images = source.all_images(captions, settings.seed, settings.batch)
     if run.world.main:
         for i, image in enumerate(images):
             write_png(image, str(out / f"{i:05d}.png"))

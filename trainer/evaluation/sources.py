@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from models.families import family_of
@@ -51,6 +52,11 @@ class OpenSource:
     run: Run
     network: nn.Module
     sampler: Sampler
+
+    def all_images(self, captions: list[str], seed: int, batch: int) -> Tensor:
+        """As `images`, of all captions, numbered from 0, in batches; on the CPU."""
+        parts = [range(first, min(first + batch, len(captions))) for first in range(0, len(captions), batch)]
+        return torch.cat([self.images([captions[i] for i in part], seed, list(part)).cpu() for part in parts])
 
     def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
         """uint8 images [B, 3, H, W]; image i depends only on its caption and seed + i."""
