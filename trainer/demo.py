@@ -113,19 +113,20 @@ class Experiment:
     def evaluate(self, seconds: float, *more: str) -> Task:
         """Evaluates the checkpoints that have weights, and `evaluate.what`. more: overrides that the user's can replace."""
         what = load_settings(self.file, [*more, *self.overrides]).evaluate.what
-        names = [what] if isinstance(what, str) else what
+        names = [Path(name).name for name in ([what] if isinstance(what, str) else what)]
         part = Part(f"evaluate {self.kind}", seconds, partial(self._evaluated, names))
-        scores = [self.folder / "eval" / Path(name).name / "metrics.json" for name in names]
 
         def written() -> bool:
-            return part.fraction() == 1 and all(is_made(file, self.generator) for file in scores)
+            return part.fraction() == 1 and all(is_made(self.scores(name), self.generator) for name in names)
 
         return self.task("evaluate", written, part, more=(*more, "--watch"))
 
+    def scores(self, name: str) -> Path:
+        return self.folder / "eval" / name / "metrics.json"
+
     def _evaluated(self, what: list[str]) -> tuple[int, int]:
-        names = {Path(name).name for name in what}
-        names.update(CheckpointDirectory(self.folder / "backtrack").with_weights())
-        return sum(is_made(self.folder / "eval" / name / "metrics.json") for name in names), len(names)
+        names = {*what, *CheckpointDirectory(self.folder / "backtrack").with_weights()}
+        return sum(self.scores(name).exists() for name in names), len(names)
 
 
 def is_made(result: Path, *sources: Path) -> bool:

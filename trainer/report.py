@@ -41,9 +41,10 @@ def _section(title: str, *figures: str, small: bool = False, note: str = "") -> 
 
 
 def _table(rows: list[Row]) -> str:
-    heads, *body = cells(rows)
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in body]
-    return f"<table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in heads)}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    lines = []
+    for line, tag in zip(cells(rows), ["th", *["td"] * len(rows)], strict=True):
+        lines.append("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line))
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _grids(run: Results, stage: str, most: int = 6) -> list[str]:
@@ -118,7 +119,8 @@ def page(runs: list[Results], rows: list[Row], figure: bytes | None) -> str:
 
 
 def report(settings: RunSettings) -> None:
-    """Writes report.html, figure.png and summary.json into the run folder and prints the table. Under a launcher, rank 0 does it."""
+    """Writes report.html, figure.png and summary.json into the run folder and prints the table. Under a launcher, rank 0
+    does it."""
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return
     main = settings.folder

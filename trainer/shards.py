@@ -16,16 +16,18 @@ def digits(args: argparse.Namespace) -> None:
     from data.digits import build_digits
 
     out = args.out or Path("shards/digits")
-    counts = build_digits(out, args.seed)
-    print(f"{out}: " + ", ".join(f"{count} {name} samples" for name, count in counts.items()))
+    print(_counted(out, build_digits(out, args.seed)))
 
 
 def emoji(args: argparse.Namespace) -> None:
     from data.emoji import CREDIT, build_emoji
 
     out = args.out or Path("shards/emoji")
-    counts = build_emoji(out, args.seed)
-    print(f"{out}: " + ", ".join(f"{count} {name} samples" for name, count in counts.items()) + f". Emoji: {CREDIT}")
+    print(f"{_counted(out, build_emoji(out, args.seed))}. Emoji: {CREDIT}")
+
+
+def _counted(out: Path, counts: dict[str, int]) -> str:
+    return f"{out}: " + ", ".join(f"{count} {name} samples" for name, count in counts.items())
 
 
 def images(args: argparse.Namespace) -> None:

@@ -73,10 +73,7 @@ def prompt_rows(run: Results) -> bytes | None:
     for axes, prompt in zip(cells[0], prompts, strict=True):
         axes.set_title(textwrap.fill(prompt, 15), fontsize=7)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return file.getvalue()
+    return _encoded(figure)
 
 
 def _axes(title: str, log: bool = False) -> plt.Axes:
@@ -91,10 +88,17 @@ def _axes(title: str, log: bool = False) -> plt.Axes:
 
 
 def _png(axes: plt.Axes, has_data: bool, legend: bool = True) -> bytes | None:
+    if not has_data:
+        plt.close(axes.figure)
+        return None
+    if legend:
+        axes.legend(fontsize=8)
+    return _encoded(axes.figure)
+
+
+def _encoded(figure: plt.Figure) -> bytes:
+    """A figure as a PNG file; closes it."""
     file = io.BytesIO()
-    if has_data:
-        if legend:
-            axes.legend(fontsize=8)
-        axes.figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-    plt.close(axes.figure)
-    return file.getvalue() or None
+    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return file.getvalue()

@@ -1,7 +1,7 @@
 """A run's results, read from its files: metrics, evaluations and the rows of the final table. No torch."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -12,31 +12,26 @@ from trainer.errors import UserError
 LABELS = {"walk": "path", "warm": "warm", "none": "none"}
 
 
-SCORES = (
-    "fid kid pixel_fd precision recall class_accuracy colour_accuracy heldout_class_accuracy heldout_colour_accuracy"
-).split()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the final table. compute: forward-equivalents of training, in batches of this run, and train_seconds: its
     time; for the teacher those of pretraining; for a generator those of backtracking, plus recording if it uses the path.
-    SCORES and images are those of eval/*/metrics.json."""
+    The fields with a default are those of eval/*/metrics.json."""
 
     label: str
     sampling_steps: int
     generator_updates: int
     compute: float | None
-    fid: float | None
-    kid: float | None
-    pixel_fd: float | None
-    precision: float | None
-    recall: float | None
-    class_accuracy: float | None
-    colour_accuracy: float | None
-    heldout_class_accuracy: float | None
-    heldout_colour_accuracy: float | None
-    images: int | None
+    fid: float | None = None
+    kid: float | None = None
+    pixel_fd: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    class_accuracy: float | None = None
+    colour_accuracy: float | None = None
+    heldout_class_accuracy: float | None = None
+    heldout_colour_accuracy: float | None = None
+    images: int | None = None
     train_seconds: float
 
 
@@ -145,8 +140,10 @@ def _row(label: str, steps: int, updates: int, parts: list[tuple[float | None, f
     known = [compute for compute, _ in parts if compute is not None]
     compute = round(sum(known), 1) if len(known) == len(parts) else None
     seconds = round(sum(seconds for _, seconds in parts), 1)
-    shown = {name: scores.get(name) for name in SCORES}
-    return Row(label, steps, updates, compute, images=scores["images"], train_seconds=seconds, **shown)
+    shown = {field.name: scores.get(field.name) for field in fields(Row) if field.default is None}
+    return Row(
+        label=label, sampling_steps=steps, generator_updates=updates, compute=compute, train_seconds=seconds, **shown
+    )
 
 
 def table(runs: list[Results]) -> list[Row]:

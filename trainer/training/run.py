@@ -92,7 +92,8 @@ class Run:
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
 
     def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset:
-        """The samples of `data.train`, `data.heldout` or `data.labelled`. want: what to read of them, see ShardDataset. Raises DataError."""
+        """The samples of `data.train`, `data.heldout` or `data.labelled`. want: what to read of them, see ShardDataset.
+        Raises DataError."""
         data = self.settings.data
         paths = expand(getattr(data, split), f"data.{split}")
         return ShardDataset(paths, data.resolution, want, self.settings.seed, data.image_keys, data.caption_key)

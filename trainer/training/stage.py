@@ -141,7 +141,9 @@ class Stage(ABC):
     def compute(self, step: int) -> float | None:
         """Forward-equivalents of the first `step` steps: passes of the denoiser on a batch of `backtrack.batch` samples,
         where a backward pass counts twice. None for a stage without a denoiser."""
-        return self.forwards * step * self.batch / self.run.settings.backtrack.batch or None
+        if not self.forwards:
+            return None
+        return self.forwards * step * self.batch / self.run.settings.backtrack.batch
 
     def micro_batches(self) -> Iterator[Batch]:
         """The micro-batches of one step; the time spent waiting for them is metered."""
