@@ -1,6 +1,4 @@
-"""The pure functions: schedule, objectives, noise, guidance, walk, learning rates, distances."""
-
-import math
+"""The pure functions: schedule, objectives, noise, guidance, walk, learning rates."""
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from models.denoise import generate, predict_guided
 from models.diffusion import Schedule
 from models.ema import Ema
 from models.errors import ModelError
-from models.image_metrics import Moments, PixelComponents, frechet_distance, kernel_distance, precision_recall
 from models.noise import SampleNoise
 from models.objectives import Scores, dmd, vsd
 from trainer.config.schema import OptimizerSettings, WalkSettings
@@ -254,46 +251,3 @@ def test_learning_rate():
     rates = [learning_rate(settings, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.25) and rates[3] > 0.99 and rates[50] == pytest.approx(0.5) and rates[100] < 1e-9
     assert learning_rate(OptimizerSettings(lr=0.5), 10**6, 10) == 0.5
-
-
-def test_frechet_distance_of_known_gaussians():
-    rng = torch.Generator().manual_seed(0)
-    a = torch.randn(20000, 3, generator=rng)
-    b = torch.randn(20000, 3, generator=rng) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([1.0, 0.0, 0.0])
-    # |m|^2 + sum (s1 - s2)^2 for diagonal covariances
-    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(1 + 0 + 1 + 4, rel=0.03)
-    assert frechet_distance(Moments.of(a), Moments.of(a)) == pytest.approx(0, abs=1e-9)
-    parts = Moments(Moments.of(b[:500]).stack + Moments.of(b[500:]).stack, 3)
-    assert frechet_distance(Moments.of(a), parts) == pytest.approx(frechet_distance(Moments.of(a), Moments.of(b)))
-
-
-def test_pixel_components_see_what_changes_most():
-    """Images that differ in one direction only: its component has all the variance, and other images are projected on it.
-    Images above 32 pixels are averaged first."""
-    rng = torch.Generator().manual_seed(0)
-    strength = torch.randint(0, 120, (50, 1, 1, 1), generator=rng)
-    images = (torch.ones(50, 3, 4, 4) * strength).to(torch.uint8)
-    pixels = PixelComponents.pixels(images)
-    assert pixels.shape == (50, 48) and pixels[0].allclose(strength[0].float() / 127.5 - 1)
-    features = PixelComponents.fit(pixels, components=2)(images)
-    assert features[:, 0].var().item() == pytest.approx(pixels.var(0).sum().item(), rel=1e-4)
-    assert features[:, 1].abs().max() < 1e-4 and features.mean(0).abs().max() < 1e-5
-    turned = PixelComponents.fit(torch.cat([pixels, pixels, pixels[:1]]), components=2)  # more images than pixels
-    assert turned(images)[:, 0].abs().allclose(features[:, 0].abs(), atol=0.05)
-    large = torch.randint(0, 255, (2, 3, 64, 64), generator=rng).to(torch.uint8)
-    expected = large.float().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
-    assert torch.allclose(PixelComponents.pixels(large), expected.flatten(1), atol=1e-5)
-
-
-def test_kernel_distance_precision_and_recall():
-    rng = torch.Generator().manual_seed(0)
-    a, b = torch.randn(400, 4, generator=rng), torch.randn(400, 4, generator=rng)
-    far = b + 10
-    assert abs(kernel_distance(a, b)) < 0.1 < kernel_distance(a, far)
-    assert precision_recall(a, far) == (0.0, 0.0)
-    precision, recall = precision_recall(a, b)
-    assert precision > 0.8 and recall > 0.8
-    narrow = 0.1 * a
-    precision, recall = precision_recall(narrow, b)
-    assert precision > 0.95 and recall < 0.3
-    assert not math.isnan(kernel_distance(a, a))
