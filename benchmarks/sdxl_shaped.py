@@ -82,7 +82,7 @@ def work(root: Path, what: str, steps: int, precision: str) -> None:
         "network.checkpointing=true", f"record.ds_config={zero3}", f"record.teacher_ds_config={teacher}",
         *(f"backtrack.{role}_ds_config={zero3}" for role in ("generator", "fake_score")),
         f"backtrack.teacher_ds_config={teacher}",
-        *(f"{stage}.loop={{log_every: 1, sample_every: 0, save_every: 1000, tensorboard: false}}" for stage in ("record", "backtrack")),
+        *(f"{stage}.loop={{log_every: 1, sample_every: 0, save_every: 1000, trackers: []}}" for stage in ("record", "backtrack")),
     ]  # fmt: skip
     run = Run(load_settings(REPOSITORY / "configs" / "tiny_sdxl.yaml", overrides), world)
 

@@ -56,7 +56,7 @@ def test_rank_files_hold_nothing_that_could_run(kept):
     file = checkpoints(run) / "step-00000008" / "rank-00000.pt"
     code = f"import torch; state = torch.load({str(file)!r}, weights_only=True); print(sorted(state))"
     done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, env=support.environment())
-    assert done.stdout.strip() == "['generators', 'health', 'seconds', 'stage']", done.stderr
+    assert done.stdout.strip() == "['generators', 'gpu_hours', 'health', 'seconds', 'stage']", done.stderr
 
 
 def test_a_damaged_checkpoint_names_the_way_back(root, world, kept, tmp_path):

@@ -1,8 +1,9 @@
-"""The metrics of a stage: one JSON line per logging interval, TensorBoard, and a progress line with the time left."""
+"""The metrics of a stage: one JSON line per logging interval, trackers, and a progress line with the time left."""
 
 import json
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from trainer.checkpoint.files import write_text
 from trainer.distributed.logs import duration, log
 from trainer.distributed.world import World, mean_over_ranks
 from trainer.planner.flops import PEAK_TFLOPS
+from trainer.training.trackers import Trackers
 
 KEYS = (
-    "step images_seen time compute step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu save_seconds "
+    "step images_seen time compute gpu_hours step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu "
+    "save_seconds "
     "loss/fake_score loss/gan_generator loss/gan_head grad_norm/generator grad_norm/fake_score "
     "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch sample_spread "
     "skipped_samples skipped_updates"
@@ -77,16 +80,19 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 class MetricsWriter:
-    """Writes a stage's metrics.jsonl, TensorBoard files and sample grids. Every rank may call it; only rank 0 writes.
+    """Writes a stage's metrics.jsonl and sample grids, also to trackers. Every rank may call it; only rank 0 writes.
 
     On a resume, lines after the resumed step are cut off: the file becomes what an uninterrupted run would have written.
     """
 
-    def __init__(self, folder: Path, world: World, name: str, steps: int, first: int, tensorboard: bool):
+    def __init__(
+        self, folder: Path, world: World, name: str, steps: int, first: int, trackers: Sequence[str], config: dict
+    ):
+        """first: the resumed step. trackers: `loop.trackers`. config: of the run, for them."""
         self.folder, self.world, self.name, self.steps = folder, world, name, steps
         self.first, self.began = first, time.monotonic()
         self.peak = peak_tflops(world.device)
-        self.board = self.file = None
+        self.file = self.trackers = None
         if not world.main:
             return
         path = folder / "metrics.jsonl"
@@ -96,10 +102,7 @@ class MetricsWriter:
             kept = [line for line in lines if json.loads(line)["step"] <= first]
         write_text("".join(kept), path, durable=False)
         self.file = path.open("a", buffering=1)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
+        self.trackers = Trackers(trackers, folder, first, config)
 
     def line(self, step: int, values: dict[str, float | int | None]) -> None:
         """One line at a step (counted from 1). Missing keys are null."""
@@ -110,10 +113,8 @@ class MetricsWriter:
             values = values | {"mfu": speed / self.peak}
         record = dict.fromkeys(KEYS) | {"step": step, "memory_gb": memory_gb(self.world.device)} | values
         self.file.write(json.dumps(record) + "\n")
-        if self.board:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, int | float):
-                    self.board.add_scalar(key, value, step)
+        scalars = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+        self.trackers.scalars(step, scalars)
         self._progress(step, record)
 
     def _progress(self, step: int, record: dict) -> None:
@@ -129,7 +130,7 @@ class MetricsWriter:
         log.info("  ".join(parts))
 
     def image(self, step: int, grid: Tensor) -> None:
-        """A uint8 grid [3, H, W] to samples/step-00000500.png and to TensorBoard."""
+        """A uint8 grid [3, H, W] to samples/step-00000500.png and to the trackers."""
         if not self.world.main:
             return
         from torchvision.io import write_png
@@ -137,11 +138,10 @@ class MetricsWriter:
         file = self.folder / "samples" / f"{step_name(step)}.png"
         file.parent.mkdir(exist_ok=True)
         write_png(grid, str(file))
-        if self.board:
-            self.board.add_image("samples", grid, step)
+        self.trackers.image(step, grid, file)
 
     def close(self) -> None:
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
+        if self.trackers:
+            self.trackers.close()

@@ -1,0 +1,222 @@
+"""Trackers: what W&B gets offline, over a restart too; that no tracker ends training; and device-hours."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support
+import torch
+from accelerate import PartialState
+from torchvision.io import read_image
+
+from trainer.backtrack import Backtracking
+from trainer.checkpoint.directory import CheckpointDirectory
+from trainer.distributed.world import World
+from trainer.errors import UserError
+from trainer.training import trackers
+from trainer.training.loop import Stopwatch, train
+from trainer.training.run import Run
+
+QUICK = ("backtrack.steps=6", "backtrack.fake_updates=1", "backtrack.loop.log_every=1", "backtrack.loop.save_every=3")
+TRACKED = (*QUICK, "backtrack.loop.trackers=[wandb]")
+
+
+class Crashing(Backtracking):
+    """Backtracking whose process dies in a step, as far as its files can tell."""
+
+    crash_at = -1
+
+    def update(self, step):
+        if step == self.crash_at:
+            raise RuntimeError("crash")
+        super().update(step)
+
+
+class Unplugged(Backtracking):
+    """Backtracking during which W&B's own process is killed."""
+
+    def update(self, step):
+        if step == 3:
+            os.kill(wandb_process(), signal.SIGKILL)
+        super().update(step)
+
+
+def wandb_process() -> int:
+    """The process that writes and uploads for W&B: the newest child of this one that runs wandb-core."""
+    own = Path(f"/proc/{os.getpid()}/task")
+    children = [int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()]
+    return max(pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+def backtrack(run: Run, kind: type[Backtracking] = Backtracking, **trouble: int) -> Path:
+    """Trains stage 2; the stage's folder."""
+    folder = run.stage_folder("backtrack")
+    stage = kind(run)
+    for name, value in trouble.items():
+        setattr(stage, name, value)
+    train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)
+    return folder
+
+
+def wandb_records(folder: Path) -> list[list[dict]]:
+    """The records of every W&B file of a stage, in the order of its processes, as wandb's own command reads them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    outputs = [subprocess.run([*command, file], capture_output=True, text=True, check=True).stdout for file in files]
+    return [[json.loads(line) for line in output.splitlines()] for output in outputs]
+
+
+def history(records: list[dict]) -> dict[int, dict]:
+    """Step -> what was logged there."""
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return {item["_step"]: item for item in items}
+
+
+def numbers(line: dict) -> dict[str, float]:
+    """The values of a metrics line that a tracker gets."""
+    return {key: value for key, value in line.items() if key != "step" and value is not None}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_wandb_offline_over_a_crash(root, world):
+    """The process dies after step 5, resumes from step 3 and repeats steps 4 and 5: the same run, with every line."""
+    run = support.single(root, "tracked", world, *TRACKED, "backtrack.loop.sample_every=3")
+    with pytest.raises(RuntimeError, match="crash"):
+        backtrack(run, Crashing, crash_at=5)
+    folder = run.folder / "backtrack"
+    ids = (folder / trackers.RUN_IDS).read_text()
+    died = {line["step"]: line for line in lines(folder)}
+    backtrack(run)
+    assert (folder / trackers.RUN_IDS).read_text() == ids and not (folder / "tensorboard").exists()
+    before, after = wandb_records(folder)
+    for records in (before, after):
+        (about,) = (record["run"] for record in records if record["type"] == "run")
+        assert about["run_id"] == json.loads(ids)["wandb"] and about["resume"]
+        assert (about["project"], about["display_name"]) == ("disback", "tracked/backtrack")
+    configs = [[r["config"]["update"] for r in records if r["type"] == "config"] for records in (before, after)]
+    resolved = run.settings.model_dump(mode="json")
+    assert len(configs[0]) == 1 and not configs[1]  # logged once, by the process that began the run
+    assert configs[0][0] == resolved
+    assert list(history(before)) == [0, 1, 2, 3, 4, 5] and list(history(after)) == [4, 5, 6]
+    for step, line in died.items():
+        assert numbers(line).items() <= history(before)[step].items()
+    for line in lines(folder):
+        if line["step"] > 3:  # the lines of the restart, as they stand in the file now
+            assert numbers(line).items() <= history(after)[line["step"]].items()
+    assert {"loss/fake_score", "mismatch", "gpu_hours", "lr/generator"} <= history(after)[6].keys()
+    for step, records in ((0, before), (3, before), (6, after)):
+        (name,) = history(records)[step]["samples.filenames"]
+        (image,) = folder.glob(f"wandb/offline-run-*/files/{name}")
+        assert torch.equal(read_image(str(image)), read_image(str(folder / "samples" / f"step-{step:08d}.png")))
+
+
+def test_a_tracker_that_dies_does_not_end_training(root, world):
+    """W&B's process is killed in step 4: one warning, and TensorBoard and metrics.jsonl go on."""
+    run = support.single(root, "unplugged", world, *TRACKED, "backtrack.loop.trackers=[wandb,tensorboard]")
+    try:
+        folder = backtrack(run, Unplugged)
+    finally:
+        forget_wandb()
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 6]
+    text = (folder / "log.txt").read_text()
+    assert text.count("wandb failed and gets nothing more") == text.count(" WARNING ") == 1
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("gpu_hours")] == [1, 2, 3, 4, 5, 6]
+
+
+def forget_wandb() -> None:
+    """So that a later run in this process starts a new wandb-core."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except OSError:
+        pass  # of the process that was killed
+
+
+def test_a_tracker_that_cannot_start_does_not_end_training(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "no such mode")
+    kept = trackers.Trackers(["wandb", "tensorboard"], tmp_path, 0, {})
+    kept.scalars(1, {"loss": 2.0})
+    kept.close()
+    assert caplog.text.count("wandb failed and gets nothing more") == 1 and "no such mode" in caplog.text
+    assert not (tmp_path / trackers.RUN_IDS).exists() and list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_missing_package_is_named_before_training(root, world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if not installed, even where it is
+    run = support.single(root, "untracked", world, *QUICK, "backtrack.loop.trackers=[tensorboard,mlflow]")
+    with pytest.raises(UserError, match="^loop.trackers: mlflow is not installed: pip install mlflow$"):
+        backtrack(run)
+    assert not (run.folder / "backtrack" / "metrics.jsonl").exists()
+
+
+def test_the_former_setting_is_an_unknown_key(root):
+    with pytest.raises(UserError, match="tensorboard"):
+        support.tiny(root, "old", "backtrack.loop.tensorboard=true")
+
+
+def test_accelerate_takes_this_process_for_a_single_one(world, monkeypatch):
+    """Under a launcher it would choose a device and write variables, or join the process group."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    before, threads = dict(os.environ), torch.get_num_threads()
+    PartialState._reset_state()
+    trackers.act_alone()
+    state = PartialState()
+    assert (state.num_processes, state.is_main_process, state.device.type) == (1, True, "cpu")
+    assert not state.use_distributed and dict(os.environ) == before and torch.get_num_threads() == threads
+
+
+def test_nested_settings_as_dotted_keys():
+    assert trackers.flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+def test_device_hours_count_every_process():
+    """Four processes, then a restart with two: each second counts for all processes of its time."""
+    first = Stopwatch(0, 0.0, 0.0, processes=4)
+    first.lap(5)
+    assert first.gpu_hours == pytest.approx(first.seconds * 4 / 3600) and first.seconds > 0
+    second = Stopwatch(5, first.seconds, first.gpu_hours, processes=2)
+    second.lap(8)
+    later = second.seconds - first.seconds
+    assert later > 0 and second.gpu_hours == pytest.approx((first.seconds * 4 + later * 2) / 3600)
+
+
+def test_device_hours_over_a_restart(root, world):
+    """One process: hours follow from seconds in every line. A checkpoint of a version that did not count them loads, and
+    counts its seconds for as many processes as there are now."""
+    run = support.single(root, "hours", world, *QUICK)
+    with pytest.raises(RuntimeError, match="crash"):
+        backtrack(run, Crashing, crash_at=4)
+    directory = CheckpointDirectory(run.folder / "backtrack")
+    checkpoint = directory.root / directory.latest()
+    file = checkpoint / "rank-00000.pt"
+    state = torch.load(file, weights_only=True)
+    seconds, hours = state["seconds"], state.pop("gpu_hours")
+    assert hours == pytest.approx(seconds / 3600) and seconds > 0
+    torch.save(state, file)
+    about = json.loads((checkpoint / "state.json").read_text())
+    about["files"]["rank-00000.pt"] = file.stat().st_size
+    (checkpoint / "state.json").write_text(json.dumps(about))
+    folder = backtrack(Run(run.settings, World(0, 1, 0, world.device)))
+    for line in lines(folder):
+        assert line["gpu_hours"] == pytest.approx(line["time"] / 3600)
+    assert lines(folder)[-1]["gpu_hours"] > hours
