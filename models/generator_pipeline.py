@@ -97,13 +97,15 @@ def write_generator_pipeline(
     note: dict,
     variant: str = "",
     lora: Path | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> str:
     """Writes a generator as a pipeline folder, and returns the call that makes an image with it.
 
     source: the pipeline that all other parts are copied from. Only those in model_index.json are; missing ones (such as
     the hub's safety checker, which is not downloaded) are set to null in the index. network: the denoiser's folder, or
     a function that writes it into the folder passed to it. note: additional entries for disback.json. lora: a LoRA
-    folder, copied as `lora/`. Atomic: replaces an existing pipeline at `out` as a whole. Raises ModelError.
+    folder, copied as `lora/`. finish: writes more files into the finished folder, which is then still elsewhere. Atomic:
+    replaces an existing pipeline at `out` as a whole. Raises ModelError.
     """
     scheduler = generator_scheduler(source, timesteps)
     temporary = out.with_name(out.name + ".tmp")
@@ -128,5 +130,7 @@ def write_generator_pipeline(
     call = pipeline_call(scheduler, timesteps)
     info = {"conditioning_timestep": timesteps[0], "timesteps": list(timesteps), "call": call, **note}
     (temporary / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+    if finish:
+        finish(temporary)
     replace_folder(temporary, out)
     return call

@@ -57,7 +57,7 @@ def test_neither_folder_nor_cached(shards, hub):
 
 def test_only_what_is_needed_is_fetched():
     """The patterns against file lists of the published repositories."""
-    published = """.gitattributes model_index.json sd_xl_base_1.0.safetensors README.md unet/model.onnx unet/config.json
+    published = """.gitattributes model_index.json sd_xl_base_1.0.safetensors README.md LICENSE.md unet/model.onnx unet/config.json
         scheduler/scheduler_config.json tokenizer/merges.txt tokenizer/vocab.json tokenizer/tokenizer_config.json
         tokenizer/special_tokens_map.json tokenizer_3/spiece.model tokenizer_3/tokenizer.json vae/config.json
         unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors
@@ -80,5 +80,7 @@ def test_only_what_is_needed_is_fetched():
     }  # fmt: skip
     assert "text_encoder_3/model.safetensors.index.fp16.json" in half
     for chosen in (plain, half):
-        assert {n for n in published if n.startswith(("tokenizer", "scheduler", "model_index"))} <= chosen
+        assert {
+            n for n in published if n.startswith(("tokenizer", "scheduler", "model_index", "README", "LICENSE"))
+        } <= chosen
         assert not {n for n in chosen if n.startswith(("vae_1_0", "safety", "sd_xl", "unet/model.onnx"))}

@@ -15,7 +15,8 @@ FETCHING = "another process of this node failed to fetch it: see its message"
 
 
 def _patterns(variant: str) -> dict[str, list[str]]:
-    """The files of a repository that are needed: configurations, tokenizers, and the safetensors of one variant."""
+    """The files of a repository that are needed: configurations, tokenizers, the safetensors of one variant, and the licence,
+    for the generator's model card."""
     parts = {"vae", "scheduler"} | {f.part for f in FAMILIES.values()}
     parts |= {f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
     if variant:
@@ -35,7 +36,8 @@ def _patterns(variant: str) -> dict[str, list[str]]:
         "added*",
     ]
     return {
-        "allow_patterns": ["model_index.json"] + [f"{part}/{kind}" for part in sorted(parts) for kind in kinds],
+        "allow_patterns": ["model_index.json", "README.md", "LICENSE*"]
+        + [f"{part}/{kind}" for part in sorted(parts) for kind in kinds],
         "ignore_patterns": other,
     }
 
