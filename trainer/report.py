@@ -1,8 +1,6 @@
 """`disback report`: one self-contained HTML page of a run and the runs it is compared with. No torch, no process group."""
 
-import base64
 import html
-import json
 import os
 import textwrap
 from pathlib import Path
@@ -11,40 +9,29 @@ from trainer.checkpoint.files import write_text
 from trainer.config.schema import RunSettings
 from trainer.entry import exit_with, settings_verb
 from trainer.errors import UserError
-from trainer.evaluation.plots import curves, evaluated, prompt_rows
-from trainer.evaluation.results import Results, Row, as_json, as_text, cells, explanation, table
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse } td, th { padding: .25em .9em; text-align: right; border-bottom: 1px solid #eee }
-td:first-child, th:first-child { text-align: left } .row { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }
-figure { margin: 0 } figcaption { font-size: .85em; color: #555 } img { max-width: 100%; image-rendering: auto }
-.small img { width: 340px; image-rendering: pixelated } pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: .85em }
-"""
-
-
-def _figure(png: bytes | None, caption: str = "") -> str:
-    if png is None:
-        return ""
-    data = base64.b64encode(png).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-
-
-def _section(title: str, *figures: str, small: bool = False, note: str = "") -> str:
-    shown = "".join(f for f in figures if f)
-    if not shown:
-        return ""
-    note = f"<p>{html.escape(note)}</p>" if note else ""
-    return f'<h2>{html.escape(title)}</h2>{note}<div class="row{" small" if small else ""}">{shown}</div>'
-
-
-def _table(rows: list[Row]) -> str:
-    lines = []
-    for line, tag in zip(cells(rows), ["th", *["td"] * len(rows)], strict=True):
-        lines.append("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line))
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+from trainer.evaluation.plots import curves, prompt_rows, score_curves
+from trainer.evaluation.report_page import (
+    document,
+    escaped,
+    legend,
+    path_table,
+    picture,
+    plot,
+    prompt_cards,
+    score_table,
+    section,
+)
+from trainer.evaluation.results import SCORES, ProtocolId, Results, one_line
+from trainer.evaluation.table import (
+    Group,
+    Table,
+    as_json,
+    as_text,
+    differences,
+    explanation,
+    group_runs,
+    tables,
+)
 
 
 def _grids(run: Results, stage: str, most: int = 6) -> list[str]:
@@ -52,92 +39,148 @@ def _grids(run: Results, stage: str, most: int = 6) -> list[str]:
     grids = run.grids(stage)
     if len(grids) > most:
         grids = [grids[round(i * (len(grids) - 1) / (most - 1))] for i in range(most)]
-    return [
-        _figure(file.read_bytes(), f"{run.label if stage == 'backtrack' else stage}, step {step}")
-        for step, file in grids
+    return [picture(file, f"{run.kind if stage == 'backtrack' else stage}, step {step}") for step, file in grids]
+
+
+def _sources(groups: list[Group]) -> list[tuple[Results, str, str]]:
+    """(run, what was evaluated, label) of the images that stand side by side: of the first run all, of others the generator."""
+    first = groups[0].runs[0]
+    teacher = f"teacher, {first.how('teacher').get('sampling_steps', 'many')} steps"
+    steps = f"{first.student_steps} steps" if first.student_steps > 1 else "one step"
+    own = ("teacher", "start", "generator")
+    others = [what for what in first.evaluated() if what not in own and not what.startswith("step-")]
+    found = [
+        (first, "teacher", teacher),
+        (first, "start", f"start, {steps}"),
+        *((first, what, what) for what in others),
     ]
+    for group in reversed(groups):
+        if known := group.runs[0].generator_scores():
+            found.append((group.runs[0], known[1], f"{group.label}, {steps}"))
+    return found
 
 
-def _evaluation_grids(runs: list[Results]) -> list[str]:
-    shown = [(runs[0], "teacher", "teacher, many steps"), (runs[0], "start", "untrained generator, one step")]
-    shown += [(run, "generator", f"{run.label}, one step") for run in reversed(runs)]
-    files = [(run.folder / "eval" / what / "grid.png", text) for run, what, text in shown]
-    return [_figure(file.read_bytes(), text) for file, text in files if file.exists()]
+def _score_section(groups: list[Group], table: Table, main: Table) -> str:
+    """A protocol's table with its explanation, and its curves."""
+    parts = [score_table(table), f"<p>{escaped(explanation(table))}</p>"]
+    if table is not main:
+        other = "; ".join(differences(table, main)) or "no difference in the recorded settings"
+        heading = f"<h2>Under another protocol: {escaped(table.protocol)}</h2>"
+        note = f"Not comparable with {main.protocol} above. Set differently: {other}."
+        parts = [heading, f"<p>{escaped(note)}</p>", *parts]
+    return "".join(parts)
 
 
-def page(runs: list[Results], rows: list[Row], figure: bytes | None) -> str:
-    """The whole page, without references to other files: table, pictures, curves, settings."""
-    main = runs[0]
-    nodes = []
-    manifest = Path(main.config["path"] or main.folder / "path") / "path.json"
-    if manifest.exists():
-        nodes = json.loads(manifest.read_text())["nodes"]
-    recorded = [n["step"] for n in nodes[1:]]
-    spots = "; ".join(f"node {n['index']}: step {n['step']}, distance {n['distance_to_node_0']:.4f}" for n in nodes)
-    parts = [
-        f"<h1>{html.escape(str(main.folder))}</h1>",
-        _table(rows) if rows else "",
-        f"<p>{html.escape(explanation(main))}</p>",
-        _section("Prompts", _figure(figure)),
-        _section(
+def _curve_section(groups: list[Group], table: Table) -> str:
+    rows = ["".join(map(plot, score_curves(groups, table, key))) for key in SCORES]
+    rows = "".join(f'<div class="row">{row}</div>' for row in rows if row)
+    if not rows:
+        return ""
+    note = (
+        "Every evaluated checkpoint, over steps, GPU-hours and compute; the last two include the recording of the path."
+    )
+    title = f"Scores during training, protocol {table.protocol}"
+    return f"<h2>{escaped(title)}</h2><p>{note}</p>{legend(groups, table)}{rows}"
+
+
+def page(groups: list[Group], found: list[Table]) -> str:
+    """The whole page, without references to other files: tables, pictures, curves, the path, settings."""
+    main = groups[0].runs[0]
+    nodes = main.nodes()
+    recorded = [node["step"] for node in nodes[1:]]
+    sources = _sources(groups)
+    grids = [
+        picture(file, label)
+        for run, what, label in sources
+        if (file := run.evaluations / what / "grid.png").exists()
+        and found
+        and ProtocolId.of(run.evaluation(what) or {}) == found[0].protocol
+    ]
+    alone = [Group(main.kind, (main,))]
+    return document(
+        main.folder.name,
+        f"<h1>{escaped(main.folder)}</h1>",
+        *(_score_section(groups, table, found[0]) for table in found[:1]),
+        section("Prompts", *prompt_cards(sources), note="The same prompts and seeds for all."),
+        section(
             "Generated images",
-            *_evaluation_grids(runs),
-            small=True,
-            note="Rows cycle through the held-out captions; all use the same noise.",
+            *grids,
+            note="The same captions and noise in the same places.",
         ),
-        _section(
-            "Evaluation over steps",
-            _figure(evaluated(runs, "fid", "Frechet distance")),
-            _figure(evaluated(runs, "class_accuracy", "class accuracy")),
-            note="Of the averaged (EMA) weights.",
-        ),
-        _section("Backtracking over time", *_grids(main, "backtrack"), small=True),
-        _section(
+        *(_curve_section(groups, table) for table in found[:1]),
+        *(_score_section(groups, table, found[0]) + _curve_section(groups, table) for table in found[1:]),
+        section("Images during backtracking", *_grids(main, "backtrack"), note="Fixed captions and fixed noise."),
+        section(
             "Backtracking",
-            _figure(curves(runs, "backtrack", "mismatch", "mismatch: target against fake score", log=True)),
-            _figure(curves(runs, "backtrack", "target_node", "target node (0 is the teacher)")),
-            _figure(curves(runs, "backtrack", "loss/fake_score", "fake-score loss")),
-            _figure(curves(runs, "backtrack", "grad_norm/generator", "generator gradient norm", log=True)),
+            legend(groups),
+            plot(curves(groups, "backtrack", "mismatch", "mismatch: target, fake score", log=True)),
+            plot(curves(groups, "backtrack", "target_node", "target node (0: teacher)")),
+            plot(curves(groups, "backtrack", "loss/fake_score", "fake-score loss")),
+            plot(curves(groups, "backtrack", "grad_norm/generator", "generator gradient norm", log=True)),
         ),
-        _section(
+        f"<h2>The path</h2>{path_table(nodes)}" if nodes else "",
+        section(
             "Recording the path",
-            _figure(curves([main], "record", "distance", "score distance to the teacher", marks=recorded)),
-            _figure(curves([main], "record", "loss/fake_score", "denoising loss on the untrained generator's samples")),
-            note=spots,
+            plot(curves(alone, "record", "distance", "distance to the teacher", marks=recorded)),
+            plot(curves(alone, "record", "loss/fake_score", "denoising loss, start's samples")),
+            note="Vertical lines: the steps of the nodes.",
         ),
-        _section(
+        section(
             "The teacher",
-            _figure(curves([main], "pretrain", "loss/teacher", "denoising loss", log=True)),
+            plot(curves(alone, "pretrain", "loss/teacher", "denoising loss", log=True)),
             *_grids(main, "pretrain", 3),
         ),
         f"<h2>Configuration</h2><pre>{html.escape((main.folder / 'config.yaml').read_text())}</pre>",
-    ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(main.folder.name)}</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
 
 
+def _compared(settings: RunSettings, main: Results) -> list[Results]:
+    """The other runs, each once. One that has no folder of the main run's results shows those of its own `evaluate.folder`."""
+    found, name = {main.folder.resolve(): main}, settings.evaluate.folder
+    for folder in map(Path, settings.report.compare):
+        if not folder.exists():
+            print(f"not there, left out: {one_line(str(folder))}")
+        elif folder.resolve() not in found:
+            own = None if not (folder / name).is_dir() else name
+            found[folder.resolve()] = Results(folder, own, main.unit)
+    return list(found.values())
+
+
 def report(settings: RunSettings) -> None:
-    """Writes report.html, figure.png and summary.json into the run folder and prints the table. Under a launcher, rank 0
+    """Writes report.html, figure.png and summary.json into the run folder and prints the tables. Under a launcher, rank 0
     does it."""
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return
-    main = settings.folder
-    others = [Path(p) for p in settings.report.compare if Path(p) != main and Path(p).exists()]
-    runs = [Results(folder) for folder in (main, *others)]
-    rows, out = table(runs), main / "report.html"
+    main = Results(settings.folder, settings.evaluate.folder)
+    groups = group_runs(_compared(settings, main))
+    found, out = tables(groups), main.folder / "report.html"
     try:
-        figure = prompt_rows(runs[0])
+        figure = prompt_rows(main)
         if figure:
-            (main / "figure.png").write_bytes(figure)
-        write_text(page(runs, rows, figure), out)
-        write_text(as_json(rows), main / "summary.json")
+            (main.folder / "figure.png").write_bytes(figure)
+        write_text(page(groups, found), out)
+        write_text(as_json(found), main.folder / "summary.json")
     except OSError as error:
-        raise UserError(f"{main}: the report cannot be written: {error.strerror}") from error
-    print(as_text(rows) if rows else "no evaluation yet: run `disback evaluate`")
-    print(f"\n{textwrap.fill(explanation(runs[0]), 120)}")
-    print(f"\npage:     {out.resolve()}\npictures: {(main / 'eval').resolve()}/*/grid.png")
+        raise UserError(f"{main.folder}: the report cannot be written: {error.strerror}") from error
+    for table in found:
+        _print(table, found[0])
+    if not found:
+        print("no evaluation yet: run `disback evaluate`")
+    print(f"\npage:     {_path(out)}\npictures: {_path(main.evaluations)}/*/grid.png")
+
+
+def _print(table: Table, main: Table) -> None:
+    if table is not main:
+        other = "; ".join(differences(table, main)) or "nothing in the recorded settings"
+        labels = ", ".join(row.label for row in table.rows)
+        print(f"\nkept apart from {main.protocol}: {labels} under {table.protocol} (set differently: {other})")
+    print(f"{as_text(table)}\n\n{textwrap.fill(one_line(explanation(table)), 120)}")
+    for text in table.warnings:
+        print(f"warning: {one_line(text)}")
+
+
+def _path(path: Path) -> str:
+    return one_line(str(path.resolve()))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import yaml
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.config.load import read_values
 from trainer.errors import UserError
+from trainer.evaluation.results import SCORES, ProtocolId, one_line
 from trainer.training.progress import FILE, Progress
 
 STAGES = ("autoencoder", "pretrain", "record", "backtrack")
@@ -22,6 +23,7 @@ QUIET_SECONDS = 600.0  # a run that writes nothing for longer than this, and tha
 STARTING_SECONDS = 1800.0  # the same before the first metrics line: loading weights and compiling write nothing
 RESTART_SECONDS = 2.0  # a log that is this much newer than status.json comes from a new start that is still loading
 TAIL_BYTES = 65536
+SHOWN_STEPS = 3  # of the evaluated checkpoints, the last ones
 
 
 def _last_metrics(folder: Path) -> dict:
@@ -108,19 +110,45 @@ def stage_status(run: Path, name: str, settings: dict) -> dict:
     }
 
 
-def _evaluations(run: Path) -> dict[str, float | None]:
-    """FID by the name of what was evaluated."""
-    scores = {}
-    for file in sorted((run / "eval").glob("*/metrics.json")):
+def _evaluations(run: Path, settings: dict) -> list[dict]:
+    """What was evaluated, one entry per protocol: its name and hash (None in evaluations of earlier versions), the metric
+    that it is judged by, and that metric's values. All folders of evaluations count: a protocol has one of its own."""
+    own = (settings.get("evaluate") or {}).get("folder") or "eval"
+    found: dict[ProtocolId, dict[str, dict]] = {}
+    for file in sorted(run.glob("*/*/metrics.json"), key=lambda file: (file.parent.parent.name != own, file)):
+        if file.parent.name.endswith(".tmp"):
+            continue
         try:
-            scores[file.parent.name] = json.loads(file.read_text()).get("fid")
+            scores = json.loads(file.read_text())
         except (OSError, json.JSONDecodeError):
             continue
-    return scores
+        if not isinstance(scores, dict) or not scores.keys() & set(SCORES):
+            continue
+        names, name = found.setdefault(ProtocolId.of(scores), {}), file.parent.name
+        names[f"{file.parent.parent.name}/{name}" if name in names else name] = scores
+    entries = []
+    for protocol, by_name in found.items():
+        known = (key for key in SCORES if any(scores.get(key) is not None for scores in by_name.values()))
+        metric = next(known, SCORES[0])
+        values = {name: scores.get(metric) for name, scores in by_name.items()}
+        about = {"protocol": protocol.name, "protocol_hash": protocol.hash}
+        entries.append({**about, "metric": metric, "values": values})
+    return entries
+
+
+def _evaluation_line(entry: dict) -> str:
+    """The values under one protocol; of the checkpoints only the last ones."""
+    values = {name: value for name, value in entry["values"].items() if value is not None}
+    steps = [name for name in values if name.startswith("step-")]
+    shown = [name for name in values if name not in steps[:-SHOWN_STEPS]]
+    text = ", ".join(f"{one_line(name)} {values[name]:.4g}" for name in shown) or "not computed"
+    metric = "FID" if entry["metric"] == "fid" else entry["metric"]
+    protocol = ProtocolId(entry["protocol"], entry["protocol_hash"])
+    return f"  {metric} ({protocol})  {text} ({len(entry['values'])} evaluations)"
 
 
 def run_status(run: Path) -> dict:
-    """The whole run: the stage that wrote last, all stages, and the FID of each evaluation. Raises UserError."""
+    """The whole run: the stage that wrote last, all stages, and the evaluations by protocol. Raises UserError."""
     stages = [name for name in STAGES if (run / name / "log.txt").exists()]
     if not stages:
         raise UserError(
@@ -129,13 +157,17 @@ def run_status(run: Path) -> dict:
     settings = _settings(run)
     found = {name: stage_status(run, name, settings) for name in stages}
     current = min(stages, key=lambda name: _age(run / name / "log.txt"))
-    return {"run": str(run), **found[current], "stages": found, "fid": _evaluations(run)}
+    return {"run": str(run), **found[current], "stages": found, "evaluations": _evaluations(run, settings)}
 
 
 def progress(run: Path, verb: str) -> str:
     """One line that changes when a verb makes progress: job scripts compare it before and after a restart."""
     if verb == "evaluate":
-        return f"{len(_evaluations(run))} evaluations"
+        done = sum(len(entry["values"]) for entry in _evaluations(run, _settings(run)))
+        chunks = sum(1 for _ in run.glob("*/*.rows/rows-*.safetensors")) + sum(
+            1 for _ in run.glob("*/references/*/rows-*")
+        )
+        return f"{done} evaluations, {chunks} chunks of images"
     names = ("autoencoder", "pretrain") if verb == "pretrain" else (verb,)
     words = [f"{name} {latest}" for name in names if (latest := CheckpointDirectory(run / name).latest())]
     return ", ".join(words) or "no checkpoint"
@@ -170,9 +202,7 @@ def page(status: dict) -> str:
             parts.append(s["message"] or "look at the job's log")
         lines.append("  " + "  ".join(parts))
         lines += [f"    warning: {text}" for text in s["warnings"][-3:]]
-    if status["fid"]:
-        shown = ", ".join(f"{name} {fid:.2f}" for name, fid in status["fid"].items() if fid is not None)
-        lines.append(f"  FID         {shown or 'not computed'} ({len(status['fid'])} evaluations)")
+    lines += [_evaluation_line(entry) for entry in status["evaluations"]]
     return "\n".join(lines)
 
 

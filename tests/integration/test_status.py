@@ -118,6 +118,45 @@ def test_a_run_of_an_earlier_version(run):
     assert run_status(run)["step"] == 0 and "no checkpoint yet" in page(run_status(run))
 
 
+def test_evaluations_by_protocol(run, capsys):
+    """One line each, whatever folder they are in; those of earlier versions name no protocol."""
+
+    def evaluated(place: str, **found: object) -> None:
+        file = run / place / "metrics.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(found))
+
+    heldout, coco = (
+        {"protocol": name, "protocol_hash": digest} for name, digest in (("heldout", "a1"), ("coco", "b2"))
+    )
+    evaluated("eval/generator", fid=12.3, **heldout)
+    evaluated("eval/teacher", fid=None, clip_score=0.3, **heldout)
+    for step in range(100, 600, 100):
+        evaluated(f"eval/step-{step:08d}", fid=step / 10, **heldout)
+    evaluated("eval/start", fid=1.0, protocol="heldout", protocol_hash="c3")
+    evaluated("eval-coco/generator", fid=None, clip_score=0.3125, **coco)
+    evaluated("eval-coco/generator.tmp", fid=1.0, **coco)
+    evaluated("eval-old/generator", fid=7.0)
+    evaluated("eval-more/generator", fid=13.0, **heldout)
+    evaluated("classifier/other", accuracy=0.9)
+    (run / "eval" / "start" / "metrics.json.tmp").write_text("{")
+    lines = page(run_status(run)).splitlines()
+    assert [line for line in lines if "evaluations)" in line] == [
+        "  FID (heldout a1)  generator 12.3, step-00000300 30, step-00000400 40, step-00000500 50, "
+        "eval-more/generator 13 (8 evaluations)",
+        "  FID (heldout c3)  start 1 (1 evaluations)",
+        "  clip_score (coco b2)  generator 0.3125 (1 evaluations)",
+        "  FID (unknown protocol)  generator 7 (1 evaluations)",
+    ]
+    assert progress(run, "evaluate") == "11 evaluations"
+    assert main([str(run), "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)["evaluations"]
+    assert [(entry["protocol"], entry["protocol_hash"]) for entry in entries] == [
+        ("heldout", "a1"), ("heldout", "c3"), ("coco", "b2"), (None, None),
+    ]  # fmt: skip
+    assert entries[2]["metric"] == "clip_score" and entries[2]["values"] == {"generator": 0.3125}
+
+
 def test_mistakes_and_no_torch(run, tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2 and "no stage has written here" in capsys.readouterr().err
     assert main([]) == 2

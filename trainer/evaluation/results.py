@@ -1,8 +1,10 @@
-"""A run's results, read from its files: metrics, evaluations and the rows of the final table. No torch."""
+"""A run's results, read from its files: settings, metrics lines, evaluations, sample grids. No torch, no numpy."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -10,51 +12,126 @@ from trainer.checkpoint.directory import by_step, step_name
 from trainer.errors import UserError
 
 LABELS = {"walk": "path", "warm": "warm", "none": "none"}
+SCORES = (
+    "fid patch_fid kid pixel_fd fd_dinov2 cmmd precision recall clip_score pick_score hps_v2_1 class_accuracy "
+    "colour_accuracy heldout_class_accuracy heldout_colour_accuracy"
+).split()
+# Sections that say how results are made and shown, and where files go, not what is trained.
+NOT_TRAINING = ("about", "run", "seed", "report", "evaluate", "export", "path", "pipeline", "generator_start")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the final table. compute: forward-equivalents of training, in batches of this run, and train_seconds: its
-    time; for the teacher those of pretraining; for a generator those of backtracking, plus recording if it uses the path.
-    The fields with a default are those of eval/*/metrics.json."""
+class ProtocolId(NamedTuple):
+    """Under which rules scores were computed. Only scores of equal protocols may be compared. Both fields are None in
+    evaluations of earlier versions."""
 
-    label: str
-    sampling_steps: int
-    generator_updates: int
-    compute: float | None
-    fid: float | None = None
-    kid: float | None = None
-    pixel_fd: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    class_accuracy: float | None = None
-    colour_accuracy: float | None = None
-    heldout_class_accuracy: float | None = None
-    heldout_colour_accuracy: float | None = None
-    images: int | None = None
-    train_seconds: float
+    name: str | None = None
+    hash: str | None = None
+
+    @classmethod
+    def of(cls, scores: dict) -> "ProtocolId":
+        parts = (scores.get(key) for key in ("protocol", "protocol_hash"))
+        return cls(*(None if part is None else str(part) for part in parts))
+
+    def __str__(self) -> str:
+        return one_line(" ".join(str(part) for part in self if part is not None)) or "unknown protocol"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training took. compute: forward passes of the denoiser on one batch; None if it is not known. seconds: of
+    training. gpu_hours: device-hours; None if they are not known."""
+
+    compute: float | None = 0.0
+    seconds: float = 0.0
+    gpu_hours: float | None = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        def total(a: float | None, b: float | None) -> float | None:
+            return None if a is None or b is None else a + b
+
+        hours = total(self.gpu_hours, other.gpu_hours)
+        return Cost(total(self.compute, other.compute), self.seconds + other.seconds, hours)
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: white space collapsed, and characters that would act on the terminal, turn the direction of
+    writing or cannot be encoded replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
 class Results:
-    """The results in a run folder. Only config.yaml is required; all else may be missing."""
+    """The results in a run folder. Only config.yaml is required; all else may be missing. Files are read once.
 
-    def __init__(self, folder: Path):
+    evaluations: name of the folder with the evaluations; by default config.yaml's `evaluate.folder`. unit: the batch size
+    that compute is counted in; by default the run's own `backtrack.batch`. Raises UserError.
+    """
+
+    def __init__(self, folder: Path, evaluations: str | None = None, unit: int | None = None):
         self.folder = folder
         file = folder / "config.yaml"
         if not file.is_file():
             raise UserError(f"{folder}: has no config.yaml: it is not a run folder, or nothing has run in it yet")
         self.config = yaml.safe_load(file.read_text())
+        self.evaluations = folder / (evaluations or (self.config.get("evaluate") or {}).get("folder") or "eval")
+        self.unit = unit or self.config["backtrack"]["batch"]
+        self._lines: dict[str, list[dict]] = {}
+        self._scores: dict[str, dict | None] = {}
+        self._owners: dict[Path, Results] = {folder: self}
 
     @property
-    def label(self) -> str:
+    def kind(self) -> str:
+        """How it uses the path: "path", "warm" or "none"."""
         return LABELS[self.config["backtrack"]["path"]]
+
+    @property
+    def seed(self) -> int:
+        return self.config.get("seed", 0)
+
+    @cached_property
+    def recipe(self) -> tuple:
+        """What was trained: equal for runs that differ only in `seed` and in folders that follow from their run folder."""
+        places = {"path": "path", "pipeline": "pipeline", "generator_start": ""}
+        return self._base, *(self._place(self.config.get(key) or default) for key, default in places.items())
+
+    @cached_property
+    def _base(self) -> str:
+        config = {key: value for key, value in self.config.items() if key not in NOT_TRAINING}
+        config["sample"] = {key: value for key, value in config.get("sample", {}).items() if key != "out"}
+        text = json.dumps(config, sort_keys=True)
+        for root in self._roots:
+            text = text.replace(json.dumps(f"{root}/")[1:-1], "RUN/")
+        return text
+
+    @property
+    def _roots(self) -> tuple[str, str]:
+        """Names of the run folder: that of its configuration, and that by which it was found."""
+        return str(Path(self.config.get("run") or self.folder)), str(self.folder)
+
+    def _place(self, value: str) -> tuple[str, str]:
+        """A folder as (what the run that it belongs to trained, its name there); ("", value) if it belongs to no run."""
+        path = Path(value)
+        if value in ("path", "pipeline"):
+            return self._base, value
+        for root in self._roots:
+            if path.is_relative_to(root):
+                return self._base, str(path.relative_to(root))
+        for parent in list(path.parents)[:3]:
+            if parent.name and (parent / "config.yaml").is_file():
+                return self._owner(parent)._base, str(path.relative_to(parent))
+        return "", value
+
+    def _owner(self, folder: Path) -> "Results":
+        if folder not in self._owners:
+            self._owners[folder] = Results(folder)
+        return self._owners[folder]
 
     def lines(self, stage: str) -> list[dict]:
         """The metrics lines of a stage, oldest first."""
-        file = self.folder / stage / "metrics.jsonl"
-        if not file.exists():
-            return []
-        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        if stage not in self._lines:
+            file = self.folder / stage / "metrics.jsonl"
+            text = file.read_text() if file.exists() else ""
+            self._lines[stage] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        return self._lines[stage]
 
     def curve(self, stage: str, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it is not null."""
@@ -62,25 +139,40 @@ class Results:
         return [p[0] for p in points], [p[1] for p in points]
 
     def evaluation(self, what: str) -> dict | None:
-        """The metrics of an evaluation, such as that of "generator"."""
-        file = self.folder / "eval" / what / "metrics.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        """The metrics of an evaluation, such as that of "generator"; None if there is none. Raises UserError."""
+        if what not in self._scores:
+            file = self.evaluations / what / "metrics.json"
+            try:
+                self._scores[what] = json.loads(file.read_text()) if file.exists() else None
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}: not JSON ({error}): evaluate {what} again") from error
+        return self._scores[what]
+
+    def evaluated(self) -> list[str]:
+        """Names of what was evaluated, in order."""
+        files = self.evaluations.glob("*/metrics.json")
+        return sorted(file.parent.name for file in files if not file.parent.name.endswith(".tmp"))
+
+    def how(self, what: str) -> dict:
+        """The settings of an evaluation; empty if they were not written."""
+        file = self.evaluations / what / "settings.yaml"
+        return (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
 
     def prompt_images(self, what: str) -> tuple[Path, dict] | None:
-        """The row of images that an evaluation made of `sample.prompts`, and the settings that say how."""
-        folder = self.folder / "eval" / what
-        if not (folder / "prompts.png").exists():
-            return None
-        return folder / "prompts.png", yaml.safe_load((folder / "settings.yaml").read_text())
+        """The row of images that an evaluation made of `sample.prompts`, and the settings that say how; None if there
+        is none."""
+        file, settings = self.evaluations / what / "prompts.png", self.how(what)
+        return (file, settings) if file.exists() and settings.get("prompts") else None
 
-    def evaluations_over_steps(self) -> list[tuple[int, dict]]:
-        """Steps and metrics of the checkpoints that were evaluated."""
-        folders = by_step(self.folder / "eval").items()
-        return [(step, scores) for step, folder in folders if (scores := self.evaluation(folder.name))]
+    def scores_over_steps(self, protocol: ProtocolId, raw: bool = False) -> dict[int, dict]:
+        """Metrics of the checkpoints that were evaluated under a protocol, by step. raw: of their raw weights, not of
+        the averaged ones."""
+        folders = by_step(self.evaluations, "-raw" if raw else "").items()
+        found = {step: scores for step, folder in folders if (scores := self.evaluation(folder.name))}
+        return {step: scores for step, scores in found.items() if ProtocolId.of(scores) == protocol}
 
-    def training(self, stage: str, step: int | None = None) -> tuple[float | None, float]:
-        """Compute, None if it is not known, and seconds of a stage, up to a step, of this run or of the run that its pipeline
-        or path comes from."""
+    def cost(self, stage: str, step: int | None = None) -> Cost:
+        """Cost of a stage, up to a step, of this run or of the run that its pipeline or path comes from."""
         roots = {
             "record": self.config["path"],
             "pretrain": self.config["pipeline"],
@@ -88,18 +180,44 @@ class Results:
         }
         folder = Path(roots[stage]).parent if roots.get(stage) else self.folder
         if not (folder / "config.yaml").exists():
-            return None, 0.0
-        owner = Results(folder)
+            return Cost(None, 0.0, None)
+        owner = self._owner(folder)
         lines = [line for line in owner.lines(stage) if step is None or line["step"] <= step]
         last = lines[-1] if lines else {}
-        compute = last.get("compute")
+        compute, hours = last.get("compute"), last.get("gpu_hours")
         if compute is not None:  # its unit is a batch of the run that trained
-            compute *= owner.config["backtrack"]["batch"] / self.config["backtrack"]["batch"]
-        return compute, last.get("time") or 0.0
+            compute *= owner.config["backtrack"]["batch"] / self.unit
+        if hours is None and last.get("time") is not None:  # earlier versions
+            hours = last["time"] * (owner.config.get("about") or {}).get("world_size", 1) / 3600
+        return Cost(compute, last.get("time") or 0.0, hours)
+
+    def generator_cost(self, step: int | None = None) -> Cost:
+        """Cost of the generator up to a step of backtracking, with the recording if it uses the path."""
+        cost = self.cost("backtrack", step)
+        return cost + self.cost("record") if self.kind != "none" else cost
+
+    def teacher_cost(self) -> Cost:
+        """Cost of pretraining. Compute is that of denoisers only, without the autoencoder's."""
+        autoencoder = self.cost("autoencoder")
+        return self.cost("pretrain") + Cost(0.0, autoencoder.seconds, autoencoder.gpu_hours or 0.0)
 
     def grids(self, stage: str) -> list[tuple[int, Path]]:
         """Steps and files of a stage's sample grids."""
         return list(by_step(self.folder / stage / "samples", ".png").items())
+
+    def nodes(self) -> list[dict]:
+        """The path's nodes as in path.json, each with `images`: the file with its row of images, or None."""
+        path = Path(self.config["path"] or self.folder / "path")
+        if not (path / "path.json").exists():
+            return []
+        folders = [self.evaluations]
+        if (path.parent / "config.yaml").exists():
+            folders.append(self._owner(path.parent).evaluations)
+        nodes = json.loads((path / "path.json").read_text())["nodes"]
+        for node in nodes:
+            files = [folder / "nodes" / f"node-{node['index']:04d}.png" for folder in folders]
+            node["images"] = next((file for file in files if file.exists()), None)
+        return nodes
 
     @property
     def student_steps(self) -> int:
@@ -112,109 +230,12 @@ class Results:
         lines = self.lines("backtrack")
         return lines[-1]["step"] if lines else 0
 
-    def generator_row(self, step: int | None = None) -> Row | None:
-        """The row of the generator, or of the checkpoint of a step; None if it was not evaluated."""
-        scores = self.evaluation("generator" if step is None else step_name(step))
-        if not scores:
-            return None
-        settings = self.config["backtrack"]
-        parts = [self.training("backtrack", step)]
-        if settings["path"] != "none":
-            parts.append(self.training("record"))
-        updates = (step or self.last_step) // settings["fake_updates"]
-        return _row(self.label, self.student_steps, updates, parts, scores)
-
-    def other_rows(self) -> list[Row]:
-        """The teacher, sampled with all its steps, and the untrained generator."""
-        rows = []
-        if scores := self.evaluation("teacher"):
-            parts = [self.training("pretrain"), (0.0, self.training("autoencoder")[1])]  # compute of denoisers only
-            rows.append(_row("teacher", self.config["sample"]["steps"], 0, parts, scores))
-        if scores := self.evaluation("start"):
-            rows.append(_row("start", self.student_steps, 0, [], scores))
-        return rows
-
-
-def _row(label: str, steps: int, updates: int, parts: list[tuple[float | None, float]], scores: dict) -> Row:
-    """A row from the compute and the seconds of its training's parts, and from its metrics."""
-    known = [compute for compute, _ in parts if compute is not None]
-    compute = round(sum(known), 1) if len(known) == len(parts) else None
-    seconds = round(sum(seconds for _, seconds in parts), 1)
-    shown = {field.name: scores.get(field.name) for field in fields(Row) if field.default is None}
-    return Row(
-        label=label, sampling_steps=steps, generator_updates=updates, compute=compute, train_seconds=seconds, **shown
-    )
-
-
-def table(runs: list[Results]) -> list[Row]:
-    """Rows in the order teacher, start, none, warm, path. Teacher and start are those of the first run. A run that trained
-    for longer than the first one, as one without a recording may at equal compute, has a second row: its checkpoint at
-    the first run's last step, if that was evaluated."""
-    first = runs[0]
-    rows = first.other_rows()
-    for run in runs:
-        steps = [first.last_step, None] if run.last_step > first.last_step else [None]
-        rows += [row for step in steps if (row := run.generator_row(step))]
-    order = ["teacher", "start", "none", "warm", "path"]
-    return sorted(rows, key=lambda row: order.index(row.label))
-
-
-COLUMNS = {
-    "sampling_steps": ("steps/image", "d"),
-    "generator_updates": ("updates", "d"),
-    "compute": ("compute", ".0f"),
-    "fid": ("FID", ".2f"),
-    "kid": ("KID", ".3f"),
-    "pixel_fd": ("pixel FD", ".2f"),
-    "precision": ("precision", ".2f"),
-    "recall": ("recall", ".2f"),
-    "class_accuracy": ("class", ".3f"),
-    "colour_accuracy": ("colour", ".3f"),
-    "heldout_class_accuracy": ("class, new", ".3f"),
-    "heldout_colour_accuracy": ("colour, new", ".3f"),
-    "images": ("images", "d"),
-    "train_seconds": ("train, s", ".0f"),
-}
-
-
-def cells(rows: list[Row]) -> list[list[str]]:
-    """The table as text, the heads first; without the columns that no row has a value for."""
-    used = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    body = [[_cell(getattr(row, name), COLUMNS[name][1]) for name in used] for row in rows]
-    return [["", *(COLUMNS[name][0] for name in used)], *([r.label, *line] for r, line in zip(rows, body, strict=True))]
-
-
-def _cell(value: float | None, style: str) -> str:
-    return "-" if value is None else format(value, style)
-
-
-def as_text(rows: list[Row]) -> str:
-    """The table as plain text."""
-    table = cells(rows)
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(f"{c:{'<' if i == 0 else '>'}{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in table
-    ]
-    return "\n".join(lines)
-
-
-def explanation(run: Results) -> str:
-    """What the table's columns are, in sentences; empty without an evaluation."""
-    scores = run.evaluation("generator") or run.evaluation("teacher")
-    if not scores:
-        return ""
-    text = (
-        f"Features and accuracies: {scores['features']}. Reference: {scores['reference']}. Pixel FD: Frechet distance on "
-        "principal components of the pixels. Compute: forward passes of the denoiser on one batch; a run without recording "
-        "stands there at equal updates and, trained on, at equal compute."
-    )
-    if scores.get("heldout_class_accuracy") is not None:
-        text += ' "new": combinations of object and colour that training did not show.'
-    if scores.get("credit"):
-        text += f" Training images: {scores['credit']}."
-    return text
-
-
-def as_json(rows: list[Row]) -> str:
-    return json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+    def generator_scores(self, step: int | None = None) -> tuple[int, str, dict] | None:
+        """(step, name, metrics) of the generator, or before it is evaluated of the last checkpoint that was; with a
+        step, of that checkpoint. None if there is none."""
+        if step is None and (scores := self.evaluation("generator")):
+            return self.last_step, "generator", scores
+        for known in reversed(by_step(self.evaluations)) if step is None else [step]:
+            if scores := self.evaluation(step_name(known)):
+                return known, step_name(known), scores
+        return None
