@@ -18,15 +18,35 @@ VAE_PIXELS = 2 * 1024**2  # of the images that are encoded or decoded in one cal
 
 class ImageNoise:
     """Noise by image number: image i draws its initial noise, and then that of each later step, from a CPU generator
-    with seed + i, on every machine alike, as a diffusers pipeline does with `torch.Generator("cpu")`."""
+    with seed + i, on every machine alike, as a diffusers pipeline does with `torch.Generator("cpu")`.
 
-    def __init__(self, seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device):
-        self.generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
-        self.shape, self.device = shape, device
+    kind: "image" is that. Published protocols have others: "device" uses generators of the device; "batch-K" draws the
+    initial noise of K images at a time, as rows of a CPU generator with seed + i // K.
+    """
+
+    def __init__(
+        self, seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device, kind: str = "image"
+    ):
+        where = device if kind == "device" else torch.device("cpu")
+        self.generators = [torch.Generator(where).manual_seed(seed + i) for i in indices]
+        self.shape, self.device, self.where = shape, device, where
+        self.first = None
+        if kind.startswith("batch-"):
+            size = int(kind.removeprefix("batch-"))
+            self.first = torch.stack([self._row(seed, i, size) for i in indices])
+
+    def _row(self, seed: int, index: int, size: int) -> Tensor:
+        """An image's row of its batch's noise; later rows do not change earlier ones, so they are not drawn."""
+        batch, row = divmod(index, size)
+        return torch.randn(row + 1, *self.shape, generator=torch.Generator("cpu").manual_seed(seed + batch))[row]
 
     def draw(self) -> Tensor:
         """The next noise of every image, [B, *shape]."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        if self.first is not None:
+            noise, self.first = self.first, None
+        else:
+            noise = torch.stack([torch.randn(self.shape, generator=g, device=self.where) for g in self.generators])
+        return noise.to(self.device)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -22,5 +22,5 @@ done
 # shellcheck source=slurm/common.sh
 source "$DISBACK_HOME/slurm/common.sh" || { echo "disback: cannot find the repository: set DISBACK_HOME" >&2; exit 2; }
 # shellcheck disable=SC2034
-STOP_SIGNAL=TERM # an evaluation has nothing to save and starts over
+STOP_SIGNAL=TERM # nothing to save: finished chunks of images are on disk, and a restart makes the others
 run_job evaluate "$@"

@@ -1,6 +1,7 @@
 """Scenarios for several ranks. `ranks.py SCENARIO ROOT` runs one; `ranks.py` reads more lines of this kind from stdin and
 answers "done" to each (support.ranks)."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,6 +21,10 @@ from trainer.config.deepspeed import deepspeed_config
 from trainer.distributed.logs import no_progress_bars
 from trainer.distributed.world import World, barrier, finish, start
 from trainer.engine.role import Role
+from trainer.evaluate import evaluate
+from trainer.evaluation.job import Evaluation
+from trainer.evaluation.networks import Networks
+from trainer.evaluation.sources import find_source
 from trainer.path.target import ReadAhead
 
 LINEAR = torch.nn.functional.linear
@@ -53,6 +58,41 @@ def resume(root, world):
         if world.main:
             (out / f"messages-{label}.json").write_text(json.dumps(messages))
         support.save(support.backtrack_weights(run), out / f"parts-{label}.pt", world)
+
+
+def evaluation(root, world):
+    """An evaluation by two ranks, and one that finds some chunks made: those of another process."""
+    flags = [*support.tiny_clip(root / "clip"), "evaluate.what=start", "evaluate.images=40", "evaluate.chunk=8"]
+    flags += ["evaluate.batch=5", "evaluate.node_images=0"]
+    evaluate(support.single(root, "ranks", world, *flags))
+    run = support.single(root, "ranks-continued", world, *flags)
+    job = Evaluation.prepare(run)
+    source = find_source(run, "start")
+    if world.main:
+        alone = dataclasses.replace(run, world=World(0, 1, 0, world.device), _hashes={})
+        with contextlib.suppress(KeyboardInterrupt):
+            dataclasses.replace(job, run=alone, networks=DyingNetworks.of(job.networks)).score(
+                source, job.opener(source)
+            )
+    barrier(world)
+    evaluate(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class DyingNetworks(Networks):
+    """Ends the process that they belong to after two chunks."""
+
+    calls: list = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, networks):
+        return cls(networks.name, networks.images, networks.prompted)
+
+    def rows(self, images, prompts):
+        self.calls.append(1)
+        if len(self.calls) > 4:
+            raise KeyboardInterrupt
+        return super().rows(images, prompts)
 
 
 def poison(root, world):

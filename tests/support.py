@@ -12,9 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.conditioning import Conditioning
@@ -32,6 +34,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "configs" / "tiny_sdxl.yaml"
 TIMES = {
     "time",
+    "gpu_hours",
     "step_seconds",
     "data_seconds",
     "images_per_second",
@@ -44,6 +47,11 @@ ALIKE = ("loss/fake_score", "mismatch", "grad_norm/generator", "grad_norm/fake_s
 KINDS = {"sdxl": "sdxl", "sd15": "sd", "sd21": "sd", "sd3": "sd3"}  # miniature: family
 SMALLEST = {"unet_channels": (16, 32), "vae_channels": (16, 16), "text_widths": (8, 8), "pooled": 16}  # of a miniature
 PROMPTS = ["a handwritten seven", "the digit two, written by hand", "a small drawing of a nine"]
+CLIP = {  # the smallest CLIP: its features suffice for Frechet distances of a few dozen images
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
 STAGES = ("zero0", "zero2", "sharded")  # the last is `sharded_zero3`; ZeRO 1 is the same class of DeepSpeed as 2
 ENGINES = ("teacher_ds_config", "generator_ds_config", "fake_score_ds_config")
 # Two programs that compute the same (one process and two, a bare network and a wrapped one, a whole batch and its parts)
@@ -100,6 +108,17 @@ def tiny(root: Path, name: str, *overrides: str) -> RunSettings:
     stages = ("pretrain.autoencoder", "pretrain", "record", "backtrack")
     quiet = [f"{stage}.loop.sample_every=0" for stage in stages]
     return load_settings(TINY, [*places(root, name), *quiet, *overrides])
+
+
+def tiny_clip(folder: Path) -> list[str]:
+    """Writes a CLIP model with random weights; returns the overrides that evaluate with it alone."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
+    return ["evaluate.features=clip", f"evaluate.clip_model=local-dir:{folder}", "evaluate.patch=8"]
 
 
 def zero(stage: str) -> list[str]:

@@ -6,6 +6,7 @@ A step is one fake-score update. Every `fake_updates`-th step begins with a gene
                                             x0.detach() -> fake-score step
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ from models.multistep import Student
 from models.noise import Draws
 from models.objectives import OBJECTIVES, Scores
 from models.pipeline import empty_network
-from trainer.checkpoint.directory import CheckpointDirectory
+from trainer.checkpoint.directory import RAW, WEIGHTS, CheckpointDirectory
 from trainer.config.deepspeed import micro_batch
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier
@@ -215,8 +216,11 @@ class Backtracking(DenoiserStage):
         with self.average.applied():
             return self.grid(partial(self.sampler.generator_images, self.generator, timesteps=self.student.timesteps))
 
-    def snapshot(self) -> Snapshot | None:
-        return self.average.snapshot(self.run.dtype)
+    def snapshots(self) -> dict[str, Callable[[], Snapshot | None]]:
+        found = {WEIGHTS: partial(self.average.snapshot, self.run.dtype)}
+        if self.settings.save_raw:
+            found[RAW] = partial(self.generator.snapshot, dtype=self.run.dtype)
+        return found
 
     def close(self) -> None:
         super().close()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from models.denoise import denoising_loss
 from models.families import family_of
 from models.miniature import build_miniature
 from models.pipeline import replace_folder
-from trainer.checkpoint.directory import CheckpointDirectory
+from trainer.checkpoint.directory import WEIGHTS, CheckpointDirectory
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier
 from trainer.engine.save_weights import Snapshot
@@ -61,8 +63,8 @@ class Pretraining(DenoiserStage):
                 )
             )
 
-    def snapshot(self) -> Snapshot | None:
-        return self.average.snapshot(self.run.dtype)
+    def snapshots(self) -> dict[str, Callable[[], Snapshot | None]]:
+        return {WEIGHTS: partial(self.average.snapshot, self.run.dtype)}
 
 
 def _start(run: Run, folder: Path) -> Path:

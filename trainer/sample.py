@@ -6,7 +6,7 @@ from torchvision.io import write_png
 
 from trainer.entry import exit_with, run_verb
 from trainer.errors import UserError
-from trainer.evaluation.sources import find_source
+from trainer.evaluation.sources import all_images, find_source
 from trainer.training.preview import grid
 from trainer.training.run import Run
 
@@ -16,19 +16,19 @@ def sample(run: Run) -> None:
     settings = run.settings.sample
     if not settings.prompts:
         raise UserError("sample.prompts is empty: give prompts, such as sample.prompts='[\"a handwritten seven\"]'")
-    source = find_source(run, settings.source).open(run)
+    source = find_source(run, settings.source)
     out = Path(settings.out) if settings.out else run.folder / "samples"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}: choose another folder with --out") from error
     captions = [settings.prompts[i % len(settings.prompts)] for i in range(settings.images)]
-    images = source.all_images(captions, settings.seed, settings.batch)
+    images = all_images(source.open(run), captions, settings.seed, settings.batch)
     if run.world.main:
         for i, image in enumerate(images):
             write_png(image, str(out / f"{i:05d}.png"))
         write_png(grid(images, settings.enlarge, settings.columns), str(out / "grid.png"))
-        print(f"{len(images)} images of {source.source.weights} and grid.png in {out}")
+        print(f"{len(images)} images of {source.weights} and grid.png in {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

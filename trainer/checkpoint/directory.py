@@ -17,6 +17,7 @@ from trainer.errors import UserError
 
 FORMAT = 3
 WEIGHTS = "weights"  # inside a checkpoint: the weights for evaluation, as a plain denoiser folder or a LoRA folder
+RAW = "weights-raw"  # the same before averaging, if the run saves them
 ABOUT = "state.json"  # inside a checkpoint: step, split, file sizes; a folder without it is not a complete checkpoint
 
 
@@ -62,9 +63,9 @@ class CheckpointDirectory:
     def latest_step(self) -> int | None:
         return step_of(self.latest() or "")
 
-    def weights(self, name: str) -> Path:
-        """The weights folder for evaluation of a checkpoint, whether or not it exists."""
-        return self.root / name / WEIGHTS
+    def weights(self, name: str, kind: str = WEIGHTS) -> Path:
+        """The weights folder for evaluation of a checkpoint, whether or not it exists. kind: WEIGHTS or RAW."""
+        return self.root / name / kind
 
     def latest_weights(self) -> Path:
         """The weights folder of the latest checkpoint. Raises UserError if there is no checkpoint."""
@@ -72,9 +73,9 @@ class CheckpointDirectory:
             return self.weights(name)
         raise UserError(f"{self.folder} has no checkpoint yet: run `disback {self.folder.name}` first")
 
-    def with_weights(self) -> list[str]:
+    def with_weights(self, kind: str = WEIGHTS) -> list[str]:
         """Names of the checkpoints that have a weights folder, oldest first."""
-        return [path.name for path in by_step(self.root).values() if (path / WEIGHTS).is_dir()]
+        return [path.name for path in by_step(self.root).values() if (path / kind).is_dir()]
 
     def complete(self, until: int | None = None) -> list[int]:
         """Steps that have a complete checkpoint, in order; `until` is the last one of interest."""
@@ -123,7 +124,7 @@ class CheckpointDirectory:
             (folder / ABOUT).unlink()  # first: a half-deleted checkpoint must not count as complete
             if weights and step % weights == 0:
                 for part in folder.iterdir():
-                    if part.name != WEIGHTS:
+                    if part.name not in (WEIGHTS, RAW):
                         shutil.rmtree(part) if part.is_dir() else part.unlink()
             else:
                 shutil.rmtree(folder)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from data.sampling_order import BatchSplit
 from trainer.checkpoint.collective_errors import DeferredErrors, tensor_bytes, write_file
-from trainer.checkpoint.directory import WEIGHTS, CheckpointDirectory
+from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.checkpoint.reshard_optimizer import reshard
 from trainer.checkpoint.rng_state import global_generators, reseed_generators, restore_generators
 from trainer.config.schema import LoopSettings
@@ -71,11 +71,13 @@ class Checkpoints:
     def _zero(self) -> dict[str, dict]:
         return {name: role.engine.config["zero_optimization"] for name, role in self.trained.items()}
 
-    def save(self, step: int, state: dict, snapshot: Callable[[], Snapshot | None], needs: Sequence[str] = ()) -> Path:
+    def save(
+        self, step: int, state: dict, snapshots: dict[str, Callable[[], Snapshot | None]], needs: Sequence[str] = ()
+    ) -> Path:
         """Writes the checkpoint of `step` finished steps.
 
-        state: this rank's own. snapshot: gathers the weights for evaluation, if there are any; called after the engines
-        are written, to save memory. needs: files outside the checkpoint that resuming from it needs. Raises UserError on
+        state: this rank's own. snapshots: for each folder of weights for evaluation, a function that gathers them; called
+        one by one after the engines are written, to save memory. needs: files outside the checkpoint that resuming from it needs. Raises UserError on
         every rank if it does not fit on the disk (before anything is written) or if any rank cannot write its part;
         LATEST then still names the previous checkpoint.
         """
@@ -95,9 +97,10 @@ class Checkpoints:
                 role.save_engine(temporary / "engines", self._write_engine_file)
         with self.errors.defer():
             write_file(state, _rank_file(temporary, self.world.rank))
-        with self.errors.defer():
-            if weights := snapshot():
-                weights.write(temporary / WEIGHTS)
+        for name, gather in snapshots.items():
+            with self.errors.defer():
+                if weights := gather():
+                    weights.write(temporary / name)
         self._agree(step, temporary)
         if self.world.main:
             about = {"split": vars(self.split), "zero": self._zero(), "identity": self.identity, "needs": list(needs)}

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from data.settings import DataSettings
 from models.settings import GanSettings, LoraSettings, MiniatureSettings
+from trainer.config.evaluation import EvaluateSettings
 
 
 class Settings(BaseModel):
@@ -31,8 +32,8 @@ class LoopSettings(Settings):
     """of older checkpoints, those at every `keep_every`-th step stay whole; 0 keeps none"""
     keep_weights_every: int = Field(0, ge=0)
     """of older checkpoints, those at every `keep_weights_every`-th step keep their plain weights; 0 keeps none"""
-    tensorboard: bool = True
-    """also writes TensorBoard files"""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet", "swanlab"]] = ["tensorboard"]
+    """where metrics and sample grids go besides metrics.jsonl and samples/"""
 
 
 class OptimizerSettings(Settings):
@@ -186,6 +187,8 @@ class BacktrackSettings(TrainSettings):
     fake_score: OptimizerSettings = OptimizerSettings(lr=5e-7)
     ema: float = Field(0.999, ge=0, lt=1)
     """decay of the generator's weight average per generator update"""
+    save_raw: bool = False
+    """checkpoints also hold the generator's weights before averaging, for `disback evaluate`"""
     teacher_ds_config: str = "zero0"
     """DeepSpeed configuration of the teacher, which is also the target"""
     generator_ds_config: str = "zero1"
@@ -235,29 +238,8 @@ class SampleSettings(Settings):
     """image i is drawn with seed + i"""
 
 
-class EvaluateSettings(Settings):
-    """Scores of generated images."""
-
-    what: str | list[str] = "generator"
-    """"generator", "teacher", "start", a checkpoint such as "step-00000500", or a pipeline or denoiser folder"""
-    watch: bool = False
-    """also evaluates every new checkpoint until the run is finished"""
-    poll_seconds: float = Field(60.0, gt=0)
-    """interval at which --watch looks for new checkpoints, in seconds"""
-    images: int = Field(10_000, ge=2)
-    """generated images"""
-    batch: int = Field(16, ge=1)
-    """images per network call"""
-    seed: int = 0
-    """image i is drawn with seed + i"""
-    features: Literal["digits", "emoji"] = "digits"
-    """feature network: the classifier of a demo's labels, which the first evaluation trains on `data.labelled`"""
-    classifier: str = ""
-    """folder of that classifier (default: classifier/ in the run folder)"""
-
-
 class ExportSettings(Settings):
-    """Export of a checkpoint as a diffusers pipeline."""
+    """Export of a checkpoint as a diffusers pipeline, with a model card, and its upload."""
 
     checkpoint: str = ""
     """such as step-00000500 (default: the last one)"""
@@ -266,13 +248,21 @@ class ExportSettings(Settings):
     `pipe.load_lora_weights`"""
     out: str = ""
     """output folder (default: generator/ in the run folder)"""
+    license: str = ""
+    """licence in the model card, an identifier of the hub such as openrail++ (default: that of the teacher's pipeline folder,
+    if it has one)"""
+    push_to_hub: str = ""
+    """repository of the Hugging Face hub, OWNER/NAME, that `disback export` uploads the folder to"""
+    private: bool = True
+    """a repository that the upload creates is private; an existing one stays as it is"""
 
 
 class ReportSettings(Settings):
     """The HTML page of a run."""
 
     compare: list[str] = []
-    """run folders whose results stand beside this run's, such as the ablations without the path"""
+    """run folders whose results stand beside this run's, such as the ablations without the path; runs that differ only in
+    `seed` are one row, with their mean and standard deviation"""
 
 
 class HealthSettings(Settings):

@@ -1,9 +1,9 @@
-"""Feature networks: what the scores compare images by. So far a classifier, whose labels `evaluate.features` chooses."""
+"""The demo's classifier, whose labels `evaluate.features` chooses: its features, and how many images are what their
+captions ask for."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,41 +17,28 @@ from trainer.training.run import Run
 CLASSIFIER_STEPS = 600
 
 
-class FeatureNetwork(Protocol):
-    """name: for metrics.json. labels: which "class" and "colour" accuracies it gives, and the key in a sample's .json that
-    has the truth; empty for a network that does not classify."""
-
-    name: str
-    labels: dict[str, str]
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """uint8 images [B, 3, H, W] to features [B, D] and, for each key of `labels`, the class numbers [B]."""
-
-    def numbers(self, key: str, values: list) -> Tensor:
-        """The class numbers [B] of a key's values."""
-
-
 @dataclass(frozen=True)
 class Labels:
-    """What the demo's classifier learns. keys: as `FeatureNetwork.labels`. width: of its features."""
+    """What the demo's classifier learns. keys: the labels' names in accuracies ("class", "colour"), and the key in a sample's
+    .json that has the truth. width: of its features."""
 
     keys: dict[str, str]
     width: int
 
 
-FEATURES = {
+LABELS = {
     "digits": Labels({"class": "class"}, width=32),
     "emoji": Labels({"class": "object", "colour": "colour"}, width=64),
 }
 
 
-class ClassifierFeatures:
+class DemoClassifier:
     """The demo's classifier. The first evaluation trains it on the labelled training shards and saves it with its
     accuracies on the held-out ones."""
 
     def __init__(self, run: Run):
         settings = run.settings
-        chosen = FEATURES[settings.evaluate.features]
+        chosen = LABELS[settings.evaluate.features]
         self.labels = chosen.keys
         folder = Path(settings.evaluate.classifier) if settings.evaluate.classifier else run.folder / "classifier"
         file = folder / "model.safetensors"
@@ -59,6 +46,7 @@ class ClassifierFeatures:
             folder.mkdir(parents=True, exist_ok=True)
             self._train(run, folder, file, chosen.width)
         barrier(run.world)
+        self.file = file
         self.network = Classifier.load(file).to(run.world.device)
         known = self.network.about
         if set(known["values"]) != set(self.labels.values()) or known["resolution"] != settings.data.resolution:
@@ -79,7 +67,7 @@ class ClassifierFeatures:
         network.eval()
         held, truth = labelled(run, "heldout", self.labels)
         self.network = network
-        accuracy = as_shares(count_correct(self, self(held)[1], truth))
+        accuracy = as_shares(self.correct(list(held), truth), accuracy_names(self.labels))
         about = {"heldout_accuracy": accuracy, "train_images": len(images), "heldout_images": len(held)}
         (folder / "metrics.json").write_text(json.dumps(about) + "\n")
         network.save(folder / "model.tmp")
@@ -87,12 +75,22 @@ class ClassifierFeatures:
         log.info(f"evaluate: trained the classifier: {_shown(accuracy)} on {len(held)} held-out images")
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        features, logits = self.network(images)
-        return features, {key: scores.argmax(1) for key, scores in logits.items()}
+    def features(self, images: list[Tensor]) -> Tensor:
+        """Features [B, D] of uint8 images [3, R, R]."""
+        return self.network(self._stacked(images))[0]
 
-    def numbers(self, key: str, values: list) -> Tensor:
-        return self.network.numbers(key, values)
+    @torch.no_grad()
+    def correct(self, images: list[Tensor], metas: list[dict]) -> Tensor:
+        """Whether images are what their .json says, [B, 2 labels], as `accuracy_names` orders it: 1 or 0, and NaN where an
+        image does not count: half of the columns are of combinations that training shows, the others of those that it does
+        not."""
+        logits = self.network(self._stacked(images))[1]
+        return correctness(
+            {key: scores.argmax(1).cpu() for key, scores in logits.items()}, metas, self.network, self.labels
+        )
+
+    def _stacked(self, images: list[Tensor]) -> Tensor:
+        return torch.stack(list(images)).to(next(self.network.parameters()).device)
 
 
 def labelled(run: Run, split: str, labels: dict[str, str]) -> tuple[Tensor, list[dict]]:
@@ -109,22 +107,26 @@ def labelled(run: Run, split: str, labels: dict[str, str]) -> tuple[Tensor, list
     return to_bytes(torch.stack([sample["image"] for sample in samples])), [sample["meta"] for sample in samples]
 
 
-def count_correct(network: FeatureNetwork, found: dict[str, Tensor], metas: list[dict]) -> dict[str, Tensor]:
-    """How many images have the labels of their .json, and how many there are, [2] in float64, by accuracy: of each label,
-    for combinations that training shows ("class_accuracy") and those that it does not ("heldout_class_accuracy")."""
-    counts = {}
-    for part, heldout in (("", False), ("heldout_", True)):
-        rows = [row for row, meta in enumerate(metas) if bool(meta.get("heldout")) is heldout]
-        for label, key in network.labels.items():
-            truth = network.numbers(key, [metas[row].get(key) for row in rows])
-            right = (found[key].cpu()[rows] == truth).double().sum()
-            counts[f"{part}{label}_accuracy"] = torch.stack([right, torch.tensor(float(len(rows))).double()])
-    return counts
+def correctness(found: dict[str, Tensor], metas: list[dict], network: Classifier, labels: dict[str, str]) -> Tensor:
+    """As `DemoClassifier.correct`, from the class numbers [B] that were found for each key."""
+    heldout = torch.tensor([bool(meta.get("heldout")) for meta in metas])
+    columns = []
+    for counts in (~heldout, heldout):
+        for key in labels.values():
+            right = (found[key] == network.numbers(key, [meta.get(key) for meta in metas])).float()
+            columns.append(torch.where(counts, right, torch.nan))
+    return torch.stack(columns, dim=1)
 
 
-def as_shares(counts: dict[str, Tensor]) -> dict[str, float]:
-    """Accuracies from counts; without those that nothing was counted for."""
-    return {name: float(right / total) for name, (right, total) in counts.items() if total > 0}
+def accuracy_names(labels: dict[str, str]) -> list[str]:
+    """The metrics of `correctness`'s columns."""
+    return [f"{part}{label}_accuracy" for part in ("", "heldout_") for label in labels]
+
+
+def as_shares(correct: Tensor, names: list[str]) -> dict[str, float]:
+    """Accuracies from rows as of `correctness`; without those that no image counts for."""
+    means = correct.double().nanmean(0).tolist()
+    return {name: mean for name, mean in zip(names, means, strict=True) if mean == mean}
 
 
 def _shown(accuracy: dict[str, float]) -> str:

@@ -1,20 +1,41 @@
-"""Sources of images for `evaluate` and `sample`: the generator, the teacher, the untrained start, a checkpoint, a folder."""
+"""Sources of images for `evaluate` and `sample`: the generator, the teacher, the untrained start, a checkpoint, a node of the
+path, a folder, a pipeline of the hub."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from models.families import family_of
+from models.families import family_of, read_json
 from models.lora import is_adapter, load_merged
 from models.pipeline import INFO_FILE, LORA_FOLDER, load_network
-from models.sampler import ImageNoise, Sampler
+from models.sampler import ImageNoise, Sampler, to_uint8
 from models.validate import check_fit, check_pipeline
-from trainer.checkpoint.directory import WEIGHTS, CheckpointDirectory
+from trainer.checkpoint.directory import RAW, WEIGHTS, CheckpointDirectory
 from trainer.errors import UserError
+from trainer.evaluation.protocols import Sampling
+from trainer.training.hub import HUB_ID
 from trainer.training.run import Run
+
+PLAIN = Sampling()
+
+
+class OpenSource(Protocol):
+    """A loaded source."""
+
+    def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
+        """uint8 images [B, 3, H, W]; image i depends only on its caption and, as the protocol says, on seed + i."""
+
+
+def all_images(opened: OpenSource, captions: list[str], seed: int, batch: int) -> Tensor:
+    """Images of all captions, numbered from 0, in batches; on the CPU."""
+    parts = [range(first, min(first + batch, len(captions))) for first in range(0, len(captions), batch)]
+    return torch.cat([opened.images([captions[i] for i in part], seed, list(part)).cpu() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,8 @@ class Source:
 
     name: names the folder of its results. weights: its denoiser folder or LoRA folder. pipeline: the folder with text
     encoders, decoder and schedule. timesteps: the steps of a student (one step: the conditioning timestep); None for a
-    diffusion model. base: the denoiser folder that a LoRA folder is merged into, as `export` does.
+    diffusion model. base: the denoiser folder that a LoRA folder is merged into, as `export` does. kind: "ema" or "raw",
+    for a student whose weights are known to be one of them.
     """
 
     name: str
@@ -31,36 +53,35 @@ class Source:
     pipeline: Path
     timesteps: tuple[int, ...] | None
     base: Path | None = None
+    kind: str | None = None
 
-    def open(self, run: Run) -> "OpenSource":
+    def open(self, run: Run, sampling: Sampling = PLAIN) -> "OpenDenoiser":
         """Loads it onto this rank's device."""
-        variant = run.settings.variant
+        variant, dtype = run.settings.variant, _dtype(run, sampling)
         check_fit(check_pipeline(self.pipeline, variant), run.settings.data.resolution)
         if self.base:
-            network = load_merged(self.base, self.weights, run.dtype, variant)
+            network = load_merged(self.base, self.weights, dtype, variant)
         else:
-            network = load_network(self.weights, run.dtype, variant)
+            network = load_network(self.weights, dtype, variant)
         network.to(run.world.device).eval().requires_grad_(False)
-        return OpenSource(self, run, network, run.sampler(self.pipeline))
+        sampler = run.sampler(self.pipeline, dtype)
+        if sampling.one_tokenizer and getattr(sampler.text.parts, "tokenizer_2", None):
+            sampler.text.parts.tokenizer_2 = sampler.text.parts.tokenizer
+        return OpenDenoiser(self, run, network, sampler, sampling.noise)
 
 
 @dataclass(frozen=True)
-class OpenSource:
-    """A loaded source."""
+class OpenDenoiser:
+    """A loaded `Source`."""
 
     source: Source
     run: Run
     network: nn.Module
     sampler: Sampler
-
-    def all_images(self, captions: list[str], seed: int, batch: int) -> Tensor:
-        """As `images`, of all captions, numbered from 0, in batches; on the CPU."""
-        parts = [range(first, min(first + batch, len(captions))) for first in range(0, len(captions), batch)]
-        return torch.cat([self.images([captions[i] for i in part], seed, list(part)).cpu() for part in parts])
+    noise: str = "image"
 
     def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
-        """uint8 images [B, 3, H, W]; image i depends only on its caption and seed + i."""
-        noise = ImageNoise(seed, indices, self.sampler.latent_shape, self.run.world.device)
+        noise = ImageNoise(seed, indices, self.sampler.latent_shape, self.run.world.device, self.noise)
         if self.source.timesteps is not None:
             return self.sampler.generator_images(self.network, captions, noise, self.source.timesteps)
         settings = self.run.settings.sample
@@ -69,8 +90,68 @@ class OpenSource:
         )
 
 
-def find_source(run: Run, what: str) -> Source:
-    """The source that `evaluate.what` or `sample.source` names. Raises UserError if there is no such source."""
+@dataclass(frozen=True)
+class PipelineSource:
+    """Somebody else's pipeline, sampled by its own diffusers code with `sample.steps` and `sample.guidance_scale`: a baseline
+    such as SDXL-Turbo."""
+
+    name: str
+    pipeline: Path
+    timesteps: None = None
+    kind: str | None = None
+
+    @property
+    def weights(self) -> Path:
+        return self.pipeline / family_of(self.pipeline).part
+
+    def open(self, run: Run, sampling: Sampling = PLAIN) -> "OpenPipeline":
+        """Loads it onto this rank's device."""
+        variant = run.settings.variant
+        check_fit(check_pipeline(self.pipeline, variant), run.settings.data.resolution)
+        options = {"dtype": _dtype(run, sampling), "variant": variant or None, "safety_checker": None}
+        if "safety_checker" not in read_json(self.pipeline / "model_index.json"):
+            del options["safety_checker"]
+        try:
+            pipe = DiffusionPipeline.from_pretrained(self.pipeline, use_safetensors=True, **options)
+        except Exception as error:  # of several libraries
+            raise UserError(f"{self.pipeline}: diffusers cannot load it: {error}") from error
+        pipe.set_progress_bar_config(disable=True)
+        return OpenPipeline(run, pipe.to(run.world.device), sampling.noise)
+
+
+@dataclass(frozen=True)
+class OpenPipeline:
+    """A loaded `PipelineSource`."""
+
+    run: Run
+    pipe: DiffusionPipeline
+    noise: str = "image"
+
+    def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
+        settings, side = self.run.settings.sample, self.run.settings.data.resolution
+        channels, side_latent = self.pipe.vae.config.latent_channels, side // self.pipe.vae_scale_factor
+        noise = ImageNoise(seed, indices, (channels, side_latent, side_latent), self.run.world.device, self.noise)
+        options = {} if noise.first is None else {"latents": noise.draw().to(self.pipe.dtype)}
+        images = self.pipe(
+            captions,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            height=side,
+            width=side,
+            generator=noise.generators,
+            output_type="pt",
+            **options,
+        ).images
+        return to_uint8(2 * images.float() - 1)
+
+
+def _dtype(run: Run, sampling: Sampling) -> torch.dtype:
+    return torch.float32 if sampling.precision == "fp32" else run.dtype
+
+
+def find_source(run: Run, what: str) -> Source | PipelineSource:
+    """The source that `evaluate.what` or `sample.source` names. Every rank must call it: one of the hub may be downloaded.
+    Raises UserError if there is no such source."""
     timesteps = run.settings.student_timesteps
     if what == "generator":
         folder = run.folder / "generator"
@@ -78,7 +159,7 @@ def find_source(run: Run, what: str) -> Source:
             raise UserError(
                 f"{folder} does not exist: finish `disback backtrack`, or name a checkpoint such as step-00000500"
             )
-        return _pipeline(folder, "generator")
+        return _pipeline(folder, "generator", run.pipeline_folder)
     if what == "teacher":
         return Source("teacher", run.teacher_folder, run.pipeline_folder, None)
     if what == "start":
@@ -86,30 +167,41 @@ def find_source(run: Run, what: str) -> Source:
     checkpoints = CheckpointDirectory(run.folder / "backtrack")
     known = checkpoints.with_weights()
     if what in known:
-        return _weights(run, what, checkpoints.weights(what))
-    folder = Path(what)
+        return _weights(run, what, checkpoints.weights(what), "ema")
+    raw = checkpoints.weights(what.removesuffix("-raw"), RAW)
+    if what.endswith("-raw") and raw.is_dir():
+        return _weights(run, what, raw, "raw")
+    node = run.settings.path_folder / what
+    if re.fullmatch(r"node-\d{4}", what) and (node / "node.json").is_file():
+        return Source(what, node, run.pipeline_folder, None, run.teacher_folder if is_adapter(node) else None)
+    folder = Path(what).expanduser()
     name = folder.resolve().name
     if (folder / "model_index.json").exists():
-        return _pipeline(folder, name)
+        return _pipeline(folder, name, run.pipeline_folder)
     for weights in (folder / WEIGHTS, folder):  # a checkpoint's folder; a denoiser or LoRA folder
         if (weights / "config.json").exists() or is_adapter(weights):
             return _weights(run, name, weights)
+    if not folder.exists() and HUB_ID.fullmatch(what):
+        return _pipeline(run.fetched(what, "evaluate.what"), what.rpartition("/")[2], run.pipeline_folder)
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'it has none'}), "
-        "a pipeline folder, a denoiser folder or a LoRA folder"
+        "a node of its path, a pipeline folder, a denoiser folder, a LoRA folder or a pipeline of the hub"
     )
 
 
-def _weights(run: Run, name: str, folder: Path) -> Source:
+def _weights(run: Run, name: str, folder: Path, kind: str | None = None) -> Source:
     """A student, from its denoiser folder, or from its LoRA folder on the network that it started from."""
     base = run.start_folder if is_adapter(folder) else None
-    return Source(name, folder, run.pipeline_folder, run.settings.student_timesteps, base)
+    return Source(name, folder, run.pipeline_folder, run.settings.student_timesteps, base, kind)
 
 
-def _pipeline(folder: Path, name: str) -> Source:
-    """A pipeline folder; one that `export` wrote has a note with the student's timesteps, and perhaps a LoRA folder."""
+def _pipeline(folder: Path, name: str, teacher: Path) -> Source | PipelineSource:
+    """A pipeline folder. One that `export` wrote has a note with the student's timesteps, and perhaps a LoRA folder; the
+    run's own teacher is sampled as in training; any other is sampled by its own code."""
     note = folder / INFO_FILE
     steps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
+    if not steps and folder.resolve() != teacher.resolve():
+        return PipelineSource(name, folder)
     timesteps = tuple(steps) if steps else None
     network, lora = folder / family_of(folder).part, folder / LORA_FOLDER
     if is_adapter(lora):

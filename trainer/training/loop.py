@@ -13,15 +13,18 @@ from trainer.training.health import Health
 from trainer.training.metrics import MetricsWriter
 from trainer.training.progress import Progress
 from trainer.training.stage import Stage
+from trainer.training.trackers import check_trackers
 
 
 def train(stage: Stage, settings: LoopSettings, health: HealthSettings, folder: Path, world: World) -> float:
     """Runs a stage to its end, from its last checkpoint if there is one; returns the seconds of training so far.
 
-    Raises Stopped after saving if a signal asked for it, UserError if updates no longer succeed.
+    Raises Stopped after saving if a signal asked for it, UserError if updates no longer succeed or a tracker's package is
+    missing.
     """
     progress = Progress(folder, stage.name, stage.steps, settings.log_every, world.main)
     try:
+        check_trackers(settings.trackers)
         loop = Loop(stage, settings, health, folder, world, progress)
         try:
             loop.run()
@@ -41,10 +44,10 @@ def train(stage: Stage, settings: LoopSettings, health: HealthSettings, folder: 
 
 
 class Stopwatch:
-    """Seconds of training over all resumptions, without saving."""
+    """Seconds and device-hours of training over all resumptions, without saving. A process has one device."""
 
-    def __init__(self, step: int, seconds: float):
-        self.step, self.seconds = step, seconds
+    def __init__(self, step: int, seconds: float, gpu_hours: float, processes: int):
+        self.step, self.seconds, self.gpu_hours, self.processes = step, seconds, gpu_hours, processes
         self._mark = time.monotonic()
 
     def lap(self, step: int) -> float | None:
@@ -53,6 +56,7 @@ class Stopwatch:
             return None
         spent, steps = time.monotonic() - self._mark, step - self.step
         self.seconds += spent
+        self.gpu_hours += spent * self.processes / 3600
         self.restart(step)
         return spent / steps
 
@@ -76,15 +80,18 @@ class Loop:
         self.stage, self.settings, self.world, self.progress = stage, settings, world, progress
         self.checkpoints = Checkpoints(folder, world, stage.roles, stage.identity, stage.split, settings)
         self.health = Health(health, stage.split)
-        self.first, seconds = 0, 0.0
+        self.first, seconds, gpu_hours = 0, 0.0, 0.0
         if resumed := self.checkpoints.load(stage.regroup):
             self.first, state = resumed
             stage.load_state_dict(state["stage"])
             self.health.load_state_dict(state["health"])
             seconds = state["seconds"]
-        self.clock = Stopwatch(self.first, seconds)
+            # Checkpoints of earlier versions do not have it: as if there had always been this many processes.
+            gpu_hours = state.get("gpu_hours", seconds * world.size / 3600)
+        self.clock = Stopwatch(self.first, seconds, gpu_hours, world.size)
         self.saving: float | None = None  # seconds of the saves since the last metrics line
-        self.metrics = MetricsWriter(folder, world, stage.name, stage.steps, self.first, settings.tensorboard)
+        config = stage.run.settings.model_dump(mode="json")
+        self.metrics = MetricsWriter(folder, world, stage.name, stage.steps, self.first, settings.trackers, config)
         progress.begin(self.first if resumed else None)
 
     def run(self) -> None:
@@ -135,7 +142,8 @@ class Loop:
 
     def position(self, step: int) -> dict:
         stage = self.stage
-        return {"images_seen": step * stage.batch, "time": self.clock.seconds, "compute": stage.compute(step)}
+        spent = {"time": self.clock.seconds, "compute": stage.compute(step), "gpu_hours": self.clock.gpu_hours}
+        return {"images_seen": step * stage.batch} | spent
 
     def preview(self, step: int) -> None:
         grid = self.stage.preview()
@@ -145,8 +153,9 @@ class Loop:
     def save(self, step: int) -> Path:
         self.clock.lap(step)
         began, stage = time.monotonic(), self.stage
-        state = {"stage": stage.state_dict(), "health": self.health.state_dict(), "seconds": self.clock.seconds}
-        path = self.checkpoints.save(step, state, stage.snapshot, stage.needs)
+        state = {"stage": stage.state_dict(), "health": self.health.state_dict()}
+        state |= {"seconds": self.clock.seconds, "gpu_hours": self.clock.gpu_hours}
+        path = self.checkpoints.save(step, state, stage.snapshots(), stage.needs)
         stage.after_save(self.checkpoints.needed())
         self.progress.saved(step)
         self.saving = (self.saving or 0.0) + time.monotonic() - began

@@ -98,9 +98,10 @@ class Run:
         paths = expand(getattr(data, split), f"data.{split}")
         return ShardDataset(paths, data.resolution, want, self.settings.seed, data.image_keys, data.caption_key)
 
-    def sampler(self, pipeline: Path) -> Sampler:
+    def sampler(self, pipeline: Path, dtype: torch.dtype | None = None) -> Sampler:
+        """The sampler of a pipeline folder. dtype: of the text encoders (default: the run's)."""
         s = self.settings
-        where = self.dtype, self.world.device
+        where = dtype or self.dtype, self.world.device
         return Sampler.load(pipeline, s.data.resolution, *where, s.variant, s.timestep_shift)
 
     def stage_folder(self, stage: str, training: bool = True) -> Path:

@@ -27,6 +27,7 @@ from trainer.training.preview import preview_grid
 from trainer.training.roles import RoleBuilder
 from trainer.training.run import Run
 from trainer.training.state_parts import RoleWatch, SkippedSamples, StatePart
+from trainer.training.trackers import check_trackers
 
 
 class Stage(ABC):
@@ -40,6 +41,7 @@ class Stage(ABC):
 
     def __init__(self, name: str, run: Run, settings: TrainSettings, inputs: tuple[str, ...], section: str = ""):
         """inputs: what the stage reads from its shards. section: of the settings, if that is not the name."""
+        check_trackers(settings.loop.trackers)
         self.name, self.run, self.world, self.settings = name, run, run.world, settings
         self.steps, self.batch = settings.steps, settings.batch
         self.micro = micro_batch(settings.batch, settings.accumulation, run.world.size, section or name)
@@ -62,7 +64,7 @@ class Stage(ABC):
     def _identity(self) -> dict:
         # These may change between a run and its resumption: how long it trains, what it shows, and how it is spread over
         # processes and network calls.
-        may_change = {"loop", "steps", "accumulation", "generator_split", "guidance_batch"}
+        may_change = {"loop", "steps", "accumulation", "generator_split", "guidance_batch", "save_raw"}
         fixed = self.settings.model_dump(mode="json", exclude=may_change)
         identity = {f"{self.name}.{k}": v for k, v in fixed.items() if not k.endswith("ds_config")}
         identity |= {"timestep_shift": self.run.settings.timestep_shift, "seed": self.run.settings.seed}
@@ -109,9 +111,10 @@ class Stage(ABC):
         """A uint8 grid [3, H, W] of samples."""
         return None
 
-    def snapshot(self) -> Snapshot | None:
-        """The weights in a checkpoint that an evaluation reads; None for none, and on other ranks than 0."""
-        return None
+    def snapshots(self) -> dict[str, Callable[[], Snapshot | None]]:
+        """The weights in a checkpoint that an evaluation reads, by folder, as functions that gather them (on rank 0; None on
+        the others). Every rank must call them."""
+        return {}
 
     @property
     def needs(self) -> Sequence[str]:

@@ -1,0 +1,150 @@
+"""What generated images are compared with, and the prompts that they are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.prompts import Prompt, read_prompts
+from data.reference_images import ReferenceImages, is_legacy, read_statistics
+from data.shard_dataset import ShardDataset
+from data.shard_patterns import expand
+from models.image_metrics import Moments, PixelComponents, Statistics
+from trainer.distributed.world import World, from_main, sum_over_ranks
+from trainer.errors import UserError
+from trainer.evaluation.classifier import to_bytes
+from trainer.evaluation.protocols import Protocol
+from trainer.evaluation.rows import Rows
+from trainer.path.manifest import file_hash
+from trainer.training.run import Run
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images by number, and what they are. image: uint8 [3, H, W]. identity: changes with the files. credit: whom they
+    are from, if known."""
+
+    name: str
+    identity: str
+    count: int
+    image: Callable[[int], Tensor]
+    credit: str | None = None
+
+
+@dataclass(frozen=True)
+class RealStatistics:
+    """Mean and covariance of an .npz file, instead of images."""
+
+    name: str
+    identity: str
+    statistics: Statistics
+
+
+@dataclass
+class Reference:
+    """Real images as rows of numbers, or as statistics of the feature network only."""
+
+    name: str
+    rows: Rows | None
+    world: World
+    statistics: Statistics | None = None
+    credit: str | None = None
+    _moments: dict[str, Moments] = field(default_factory=dict)
+
+    def moments(self, block: str) -> Moments | Statistics:
+        """The moments of a block, read once. The first call for a block is collective."""
+        if self.statistics:
+            return self.statistics
+        if block not in self._moments:
+            if block == "pixels":
+                self._moments[block] = Moments.of(self.components.project(self.rows.read(block)))
+            else:
+                self._moments[block] = moments_of(self.rows, block, self.world)
+        return self._moments[block]
+
+    @cached_property
+    def components(self) -> PixelComponents:
+        """Those of rank 0: other processors may find other signs and, for directions of equal variance, other bases."""
+        return from_main(PixelComponents.fit(self.rows.read("pixels")) if self.world.main else None, self.world)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.rows.total} images)" if self.rows else f"{self.name} (statistics)"
+
+
+def moments_of(rows: Rows, block: str, world: World) -> Moments:
+    """The moments of a block, each rank summing its share of the chunks: nothing is gathered. Every rank must call it."""
+    total = Moments.of(torch.empty(0, rows.width(block), device=world.device))
+    for part in rows.parts(block, world.rank, world.size):
+        total = total + Moments.of(part.to(world.device))
+    return Moments(sum_over_ranks(total.stack, world), total.size)
+
+
+def heldout(run: Run) -> ShardDataset:
+    if not run.settings.data.heldout:
+        raise UserError(
+            "data.heldout is empty: name held-out shards, or set evaluate.prompts and evaluate.reference to captions and "
+            "real images"
+        )
+    return run.dataset("heldout", ("image", "caption", "meta"))
+
+
+def heldout_images(run: Run) -> RealImages:
+    """The held-out shards, cropped and resized as for training."""
+    dataset = heldout(run)
+    metas = [dataset.read_text(row)["meta"] for row in range(len(dataset))]
+    credits = sorted({str(meta["credit"]) for meta in metas if meta.get("credit")})
+    paths = [f"{path.name}:{path.stat().st_size}" for path in dataset.paths]
+    return RealImages(
+        str(run.settings.data.heldout),
+        f"{paths} at {run.settings.data.resolution}",
+        len(dataset),
+        lambda row: to_bytes(dataset.read(row)["image"]),
+        "; ".join(credits[:3]) or None,
+    )
+
+
+def find_reference(run: Run, protocol: Protocol) -> RealImages | RealStatistics:
+    """The real images of `evaluate.reference`, or the held-out shards. Raises UserError and DataError."""
+    where = run.settings.evaluate.reference
+    if not where and protocol.reference == "heldout":
+        return heldout_images(run)
+    if not where:
+        raise UserError(
+            f"protocol {protocol.name} compares with real images: set evaluate.reference to their folder ({protocol.about})"
+        )
+    if where.endswith(".npz"):
+        file = Path(where).expanduser()
+        if protocol.reference == "folder":
+            raise UserError(
+                f"{file}: protocol {protocol.name} has no statistics file: name the folder of its real images"
+            )
+        if is_legacy(file) and not (protocol.resize == "pytorch" and "legacy_pytorch" in file.name):
+            raise UserError(
+                f"{file}: was made with another resize than evaluate.resize={protocol.resize}: use the file of mode clean, or "
+                "evaluate.resize=pytorch for legacy_pytorch"
+            )
+        mean, covariance = read_statistics(file)
+        return RealStatistics(where, f"{file.name} {file_hash(file)}", Statistics(mean, covariance))
+    folder = Path(where).expanduser()
+    images = ReferenceImages(
+        folder if folder.is_dir() and not any(folder.glob("*.tar")) else expand(where, "evaluate.reference")
+    )
+    return RealImages(where, images.identity, len(images), images.__getitem__)
+
+
+def find_prompts(run: Run, protocol: Protocol) -> list[Prompt]:
+    """The prompts of `evaluate.prompts`, or the held-out captions with their .json. Raises UserError and DataError."""
+    settings = run.settings.evaluate
+    if settings.prompts:
+        return read_prompts(Path(settings.prompts).expanduser(), settings.prompt_key)
+    if protocol.reference == "folder":
+        raise UserError(
+            f"protocol {protocol.name} has prompts of its own: set evaluate.prompts to them ({protocol.about})"
+        )
+    dataset = heldout(run)
+    samples = [dataset.read_text(row) for row in range(len(dataset))]
+    return [Prompt(sample["caption"], f"{row:05d}", sample["meta"]) for row, sample in enumerate(samples)]
