@@ -143,12 +143,11 @@ def metrics(root: Path, count: int, size: int) -> dict[str, dict[str, Callable[[
     """Functions from random features to the values of each metric, by metric and tool. Ours reads the features from an
     evaluation's files."""
     fake, real = random_features(count, size)
-    rows, reference = stored(root, "fake", fake), Reference("random", stored(root, "real", real), WORLD)
+    rows, real_rows = stored(root, "fake", fake), stored(root, "real", real)
     arrays, subset = (fake.numpy(), real.numpy()), min(SUBSET, count)
 
     def ours(metric: str, *names: str) -> list[float]:
-        reference._moments.clear()  # an evaluation keeps those of its reference
-        found = scores(rows, reference, (metric,), (), WORLD)
+        found = scores(rows, Reference("random", real_rows, WORLD), (metric,), (), WORLD)
         return [found[name] for name in names]
 
     def torch_fidelitys_fid() -> list[float]:

@@ -167,7 +167,7 @@ def progress(run: Path, verb: str) -> str:
         chunks = sum(1 for _ in run.glob("*/*.rows/rows-*.safetensors")) + sum(
             1 for _ in run.glob("*/references/*/rows-*")
         )
-        return f"{done} evaluations, {chunks} chunks of images"
+        return f"{done} evaluations{f', {chunks} chunks of images' if chunks else ''}"
     names = ("autoencoder", "pretrain") if verb == "pretrain" else (verb,)
     words = [f"{name} {latest}" for name in names if (latest := CheckpointDirectory(run / name).latest())]
     return ", ".join(words) or "no checkpoint"

@@ -9,7 +9,7 @@ from trainer.config.schema import RunSettings
 HEAD = """\
 # Configuration
 
-Made by `make docs` from `trainer/config/schema.py`, `models/settings.py` and `data/settings.py`. A configuration is a YAML
+Made by `make docs` from `trainer/config/schema.py` and `evaluation.py`, `models/settings.py` and `data/settings.py`. A configuration is a YAML
 file; `extends: other.yaml` lays it over another one, and `key.sub=value` on the command line goes over both. DeepSpeed's
 own settings are JSON files that the `*_ds_config` keys name: one of `ds_configs/` (`zero0` to `zero3`, `teacher`) or a
 path. Batch size, accumulation, clipping and precision are set here only; a JSON that sets them too is refused.
