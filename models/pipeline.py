@@ -141,6 +141,19 @@ def weights_hash(folder: Path, variant: str = "", stem: str = "diffusion_pytorch
     return digest.hexdigest()
 
 
+def pipeline_hash(pipeline: Path, variant: str = "") -> str:
+    """A sha256 (hexadecimal) over what a pipeline folder's images depend on besides the denoiser: the weights of autoencoder
+    and text encoders, and all configurations and vocabularies. Raises ModelError."""
+    digest, own = hashlib.sha256(), family_of(pipeline).part
+    for part in sorted(folder for folder in Path(pipeline).iterdir() if folder.is_dir() and folder.name != own):
+        stems = [s for s in ("diffusion_pytorch_model", "model") if any(part.glob(f"{s}*.safetensors"))]
+        digest.update(f"{part.name} {[weights_hash(part, variant, stem) for stem in stems]}\n".encode())
+        for file in sorted(part.glob("*")):
+            if file.suffix in (".json", ".txt", ".model"):
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
     """Renames a finished folder to its final name. Readers see the old one, none, or the new one, never a part."""
     if final.exists():

@@ -13,6 +13,7 @@ from models.offload import on_device
 from models.pipeline import load_schedule, load_vae
 from models.text_encoder import TextEncoder
 
+LATER = 1 << 32  # between the seeds of an image's first noise and of its later ones, where batches draw the first
 VAE_PIXELS = 2 * 1024**2  # of the images that are encoded or decoded in one call
 
 
@@ -28,10 +29,12 @@ class ImageNoise:
         self, seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device, kind: str = "image"
     ):
         where = device if kind == "device" else torch.device("cpu")
-        self.generators = [torch.Generator(where).manual_seed(seed + i) for i in indices]
+        batches = kind.startswith("batch-")
+        later = LATER if batches else 0  # else an image's next noise would be another one's first
+        self.generators = [torch.Generator(where).manual_seed(seed + i + later) for i in indices]
         self.shape, self.device, self.where = shape, device, where
         self.first = None
-        if kind.startswith("batch-"):
+        if batches:
             size = int(kind.removeprefix("batch-"))
             self.first = torch.stack([self._row(seed, i, size) for i in indices])
 
@@ -49,9 +52,9 @@ class ImageNoise:
         return noise.to(self.device)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8, truncating (x + 1) * 127.5 as in the protocol of published results."""
-    return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+def to_uint8(images: Tensor, rounded: bool = False) -> Tensor:
+    """Images in [-1, 1] to uint8, truncating (x + 1) * 127.5 as DMD2's evaluation does, or rounding."""
+    return ((images.float() + 1) * 127.5 + (0.5 if rounded else 0.0)).clamp(0, 255).to(torch.uint8)
 
 
 class Sampler:
@@ -62,6 +65,7 @@ class Sampler:
     ):
         self.text, self.vae, self.schedule, self.resolution = text, vae, schedule, resolution
         self.scheduler_config = scheduler_config
+        self.rounded = False  # how images become uint8
 
     @classmethod
     def load(
@@ -101,7 +105,9 @@ class Sampler:
         """Decodes the diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         with on_device([self.vae], latents.device):
-            images = [to_uint8(self.vae.decode(z, return_dict=False)[0]) for z in latents.split(self.vae_batch)]
+            images = [
+                to_uint8(self.vae.decode(z, return_dict=False)[0], self.rounded) for z in latents.split(self.vae_batch)
+            ]
         return torch.cat(images)
 
     @torch.no_grad()

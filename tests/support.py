@@ -118,7 +118,7 @@ def tiny_clip(folder: Path) -> list[str]:
             torch.manual_seed(0)
             save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
-    return ["evaluate.features=clip", f"evaluate.clip_model=local-dir:{folder}", "evaluate.patch=8"]
+    return ["evaluate.features=clip", f"evaluate.clip_model=local-dir:{folder}", "evaluate.patch=6"]
 
 
 def zero(stage: str) -> list[str]:

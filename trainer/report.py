@@ -89,12 +89,12 @@ def page(groups: list[Group], found: list[Table]) -> str:
     nodes = main.nodes()
     recorded = [node["step"] for node in nodes[1:]]
     sources = _sources(groups)
+    if found:  # with the noise of one protocol
+        sources = [each for each in sources if ProtocolId.of(each[0].evaluation(each[1]) or {}) == found[0].protocol]
     grids = [
         picture(file, label)
         for run, what, label in sources
-        if (file := run.evaluations / what / "grid.png").exists()
-        and found
-        and ProtocolId.of(run.evaluation(what) or {}) == found[0].protocol
+        if found and (file := run.evaluations / what / "grid.png").exists()
     ]
     alone = [Group(main.kind, (main,))]
     return document(

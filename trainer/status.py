@@ -15,7 +15,7 @@ import yaml
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.config.load import read_values
 from trainer.errors import UserError
-from trainer.evaluation.results import SCORES, ProtocolId, one_line
+from trainer.evaluation.results import SCORES, UNFINISHED, ProtocolId, one_line
 from trainer.training.progress import FILE, Progress
 
 STAGES = ("autoencoder", "pretrain", "record", "backtrack")
@@ -116,7 +116,7 @@ def _evaluations(run: Path, settings: dict) -> list[dict]:
     own = (settings.get("evaluate") or {}).get("folder") or "eval"
     found: dict[ProtocolId, dict[str, dict]] = {}
     for file in sorted(run.glob("*/*/metrics.json"), key=lambda file: (file.parent.parent.name != own, file)):
-        if file.parent.name.endswith(".tmp"):
+        if file.parent.name.endswith(UNFINISHED):
             continue
         try:
             scores = json.loads(file.read_text())
@@ -165,7 +165,7 @@ def progress(run: Path, verb: str) -> str:
     if verb == "evaluate":
         done = sum(len(entry["values"]) for entry in _evaluations(run, _settings(run)))
         chunks = sum(1 for _ in run.glob("*/*.rows/rows-*.safetensors")) + sum(
-            1 for _ in run.glob("*/references/*/rows-*")
+            1 for _ in run.glob("*/references/*/rows-*.safetensors")
         )
         return f"{done} evaluations{f', {chunks} chunks of images' if chunks else ''}"
     names = ("autoencoder", "pretrain") if verb == "pretrain" else (verb,)

@@ -102,12 +102,14 @@ def find_weights(model: str, pretrained: str, config: dict) -> Path:
     return file
 
 
-def load_clip(model: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable]:
+def load_clip(
+    model: str, pretrained: str, device: torch.device, file: Path | None = None
+) -> tuple[nn.Module, Callable]:
     """An open_clip network in float32, and its preprocessing: a Pillow image to a tensor [3, S, S].
 
     model: a name of open_clip, or "local-dir:" and a folder with open_clip_config.json and weights. pretrained: a tag,
-    whose weights are in the hub's cache, or a file; empty for a folder. Raises ModelError for all that is missing or
-    unfit.
+    whose weights are in the hub's cache, or a file; empty for a folder. file: where a tag's weights are, if not in the
+    cache. Raises ModelError for all that is missing or unfit.
     """
     config = model_config(model)
     if model.startswith(LOCAL):
@@ -115,7 +117,11 @@ def load_clip(model: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
             raise ModelError(f"CLIP model {model!r}: a folder has its own weights: leave {pretrained!r} out")
         source, weights, preprocess = model, None, {}
     else:
-        weights = find_weights(model, pretrained, config)
+        if file and tag_config(model, pretrained):
+            check_activation(model, config, pretrained, None)
+            weights = file
+        else:
+            weights = find_weights(model, pretrained, config)
         source = weights
         preprocess = {key: value for key, value in tag_config(model, pretrained).items() if key != "size"}
     try:
@@ -138,9 +144,9 @@ def load_clip(model: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
 class ClipImages:
     """Image features [B, D] of a CLIP model, not normalised. The arguments and errors are those of `load_clip`."""
 
-    def __init__(self, model: str, pretrained: str, device: torch.device):
+    def __init__(self, model: str, pretrained: str, device: torch.device, file: Path | None = None):
         self.device = device
-        self.network, self.transform = load_clip(model, pretrained, device)
+        self.network, self.transform = load_clip(model, pretrained, device, file)
 
     @torch.inference_mode()
     def __call__(self, images: list[Tensor]) -> Tensor:
@@ -157,12 +163,18 @@ class ClipScore:
     """
 
     def __init__(
-        self, model: str, pretrained: str, device: torch.device, prefix: str = "", prepare: Prepare | None = None
+        self,
+        model: str,
+        pretrained: str,
+        device: torch.device,
+        file: Path | None = None,
+        prefix: str = "",
+        prepare: Prepare | None = None,
     ):
         named = model_config(model)["text_cfg"].get("hf_tokenizer_name")
         if named and not model.startswith(LOCAL):  # a folder has its own
             raise ModelError(f"CLIP model {model!r}: its tokenizer {named} is on the hub: use {LOCAL} with a folder")
-        self.images = ClipImages(model, pretrained, device)
+        self.images = ClipImages(model, pretrained, device, file)
         self.prepare = prepare or Prepare()
         self.tokenizer = open_clip.get_tokenizer(model)
         if prefix and not isinstance(self.tokenizer, open_clip.SimpleTokenizer):

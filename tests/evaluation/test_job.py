@@ -1,6 +1,7 @@
 """Evaluations end to end with the smallest CLIP model as the network: the numbers against the same things done by hand, jobs
 that are killed, and what is refused before an image is made."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,16 +12,16 @@ import support
 import torch
 from cleanfid.fid import frechet_distance as clean_frechet
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.io import read_image
 
-from data.prompts import Prompt
-from data.shard_dataset import ShardDataset
 from models.image_metrics import kernel_distance, precision_recall
 from models.scorers.clip import ClipImages, ClipScore
 from models.scorers.preprocess import Prepare
 from trainer.distributed.world import World
 from trainer.evaluation import generate
-from trainer.evaluation.keep import keeper
+from trainer.evaluation.job import Evaluation
+from trainer.evaluation.protocols import PROTOCOLS
 from trainer.evaluation.sources import find_source
 from trainer.training.run import Run
 
@@ -73,7 +74,7 @@ def test_scores_are_those_of_the_same_images_by_hand(root, clip, scored):
         a, b = a.double().numpy(), b.double().numpy()
         return clean_frechet(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
 
-    patch = Prepare("patch", 8)
+    patch = Prepare("patch", 6)
     assert scored["fid"] == pytest.approx(distance(fake, true), rel=1e-4)
     assert scored["patch_fid"] == pytest.approx(
         distance(network([patch(i) for i in made]), network([patch(i) for i in real])), rel=1e-4
@@ -83,7 +84,7 @@ def test_scores_are_those_of_the_same_images_by_hand(root, clip, scored):
     assert scored["clip_score"] == pytest.approx(float(score(list(made), captions).mean()), abs=1e-5)
     assert scored["clip_score_x100"] == 100 * scored["clip_score"]
     assert scored["protocol"] == "heldout" and len(scored["protocol_hash"]) == 12 and scored["images"] == 40
-    assert scored["warnings"] == [] and "clip, sha256" in scored["features"]
+    assert scored["warnings"] == [] and "(sha256 " in scored["features"]
     kept = sorted((root / "scored" / "eval" / "start-images").glob("*.png"))
     assert len(kept) == 40 and torch.equal(read_image(str(kept[7])), made[7])
     assert kept[7].with_suffix(".txt").read_text() == captions[7] + "\n"
@@ -112,9 +113,22 @@ def test_a_killed_job_goes_on(root, clip, scored, monkeypatch):
     assert done.returncode == 0 and written == [1, 3, 4] and "2 of 5 chunks are there already" in done.stderr
     found = scores(root, "killed")
     assert [found[key] for key in SCORES] == [scored[key] for key in SCORES]
-    assert not rows.exists()
-    # With another seed the rows of the first one are of no use.
-    assert found["protocol_hash"] == scored["protocol_hash"]
+    assert found["protocol_hash"] == scored["protocol_hash"] and not rows.exists()
+
+
+def test_a_job_that_was_killed_while_it_replaced_results(root, clip, scored):
+    """The results stay: a new folder that was not finished is removed, an old one that was moved away comes back."""
+    folder = shutil.copytree(root / "scored" / "eval", root / "torn" / "eval")
+    shutil.copytree(folder / "start", folder / "start.old")
+    shutil.rmtree(folder / "start")
+    (folder / "start.tmp").mkdir()
+    (folder / "start.tmp" / "metrics.json").write_text('{"fid": 1')
+    done = evaluate(root, "torn", *clip, *FEW)
+    assert done.returncode == 0 and "scored already" in done.stderr, done.stderr
+    assert scores(root, "torn") == scored
+    assert not any(path.name.endswith((".tmp", ".old")) for path in folder.iterdir())
+    (folder / "start" / "metrics.json").write_text('{"fid": 1')
+    refused(evaluate(root, "torn", *clip, *FEW), "start/metrics.json is damaged")
 
 
 def test_the_same_weights_are_scored_once(root, clip, scored, monkeypatch):
@@ -128,6 +142,52 @@ def test_the_same_weights_are_scored_once(root, clip, scored, monkeypatch):
     found = scores(root, "scored", "copied-weights")
     assert found["fid"] == scored["fid"] and found["checkpoint"] == str(copy)
     assert (root / "scored" / "eval" / "copied-weights" / "grid.png").exists()
+
+
+def test_other_parts_of_a_pipeline_are_other_images(root, clip, scored):
+    """The same denoiser with another autoencoder; and two folders of one name."""
+    a = shutil.copytree(root / "base" / "pipeline", root / "a" / "same")
+    b = shutil.copytree(a, root / "b" / "same")
+    for file in (b / "vae").glob("*.safetensors"):
+        weights = load_file(file)
+        save_file({key: value * 1.1 for key, value in weights.items()}, file)
+    few = [*clip, *FEW[1:], "sample.steps=1", "evaluate.metrics=[fid]"]
+    assert evaluate(root, "parts", *few, f"evaluate.what={a}").returncode == 0
+    refused(evaluate(root, "parts", *few, f"evaluate.what={b}"), "eval/same has the results of", "rename")
+    other = b.rename(b.with_name("other"))
+    assert evaluate(root, "parts", *few, f"evaluate.what={other}").returncode == 0
+    assert scores(root, "parts", "same")["fid"] != scores(root, "parts", "other")["fid"]
+    foreign = shutil.copytree(a, root / "elsewhere" / "generator")
+    assert find_source(support.single(root, "parts", ALONE), str(foreign)).name == "elsewhere-generator"
+
+
+def test_more_metrics_join_those_that_are_there(root, clip, scored):
+    first, later = ([*clip, *FEW, f"evaluate.metrics=[{metric}]"] for metric in ("fid", "kid"))
+    assert evaluate(root, "joined", *first).returncode == 0 and scores(root, "joined")["kid"] is None
+    assert evaluate(root, "joined", *later).returncode == 0
+    found = scores(root, "joined")
+    assert found["fid"] == pytest.approx(scored["fid"]) and found["kid"] == pytest.approx(scored["kid"])
+
+
+def test_kept_images_are_of_one_evaluation(root, clip):
+    few = [*clip, *FEW, "evaluate.images=10", "evaluate.metrics=[clip_score]"]
+    assert evaluate(root, "kept", *few, "evaluate.keep=folder").returncode == 0
+    assert evaluate(root, "kept", *few, "evaluate.keep=shards", "evaluate.seed=1").returncode == 0
+    names = sorted(file.name for file in (root / "kept" / "eval" / "start-images").iterdir())
+    assert [name for name in names if name.endswith(".tar")] == ["images-000000.tar", "images-000001.tar"]
+    assert not [name for name in names if name.endswith(".png")]
+    assert scores(root, "kept")["fid"] is None and scores(root, "kept")["reference"] is None
+
+
+def test_published_numbers_stand_beside_faithful_runs_only(root):
+    """Not beside a smaller run, nor one with other weights or another size of images."""
+    protocol = PROTOCOLS["dmd2-coco10k"]
+    run = support.single(root, "x", ALONE, "data.resolution=1024")
+    job = Evaluation(run, protocol, (), 10_000, [], None, "", {})
+    assert job.faithful
+    assert not dataclasses.replace(job, images=3000).faithful
+    assert not dataclasses.replace(job, own_weights={"inception": "sha256 1"}).faithful
+    assert not dataclasses.replace(job, run=support.single(root, "x", ALONE)).faithful
 
 
 def test_two_ranks(root, clip, scored):
@@ -155,6 +215,8 @@ def test_other_protocols_have_a_folder_of_their_own(root, clip, scored):
     start, teacher = (scores(root, "scored", what, "eval-teacher") for what in ("start", "teacher"))
     assert start["reference"] == "the teacher (40 images)" and start["protocol"] == "fid-teacher"
     assert 0 < teacher["fid"] < start["fid"]  # other noise: the teacher is not at 0
+    done = evaluate(root, "scored", *flags, "evaluate.seed=40")
+    assert done.returncode == 0 and 0 < scores(root, "scored", "teacher", "eval-teacher")["fid"] != teacher["fid"]
     assert start["protocol_hash"] != scored["protocol_hash"]
 
 
@@ -186,7 +248,7 @@ def test_what_is_refused_before_an_image_is_made(root, clip, tmp_path, monkeypat
             "inception.safetensors: cannot be read",
         ),
         ([*clip, "evaluate.images=6"], "fid from 6 images of evaluate.images, fewer than its 8 features", "few_images"),
-        ([*clip, f"evaluate.reference={photo.parent}"], "1 images are too few to compare with"),
+        ([*clip, f"evaluate.reference={photo.parent}"], "1 images of the reference"),
         ([*clip, f"evaluate.reference={npz}"], "statistics for fid only: leave patch_fid, kid"),
         ([*clip, f"evaluate.reference={legacy}", "evaluate.metrics=[fid]"], "another resize"),
         ([*clip, f"evaluate.reference={statistics(tmp_path / 'b.npz', 9)}", "evaluate.metrics=[fid]"], "has 9 features", "8"),
@@ -247,21 +309,3 @@ def test_watch_scores_averaged_and_raw_weights_and_draws_the_path(root, clip):
     assert "heldout" in (root / "watched" / "generator" / "README.md").read_text()
     again = evaluate(root, "watched", *clip, *few, "--watch")
     assert again.returncode == 0 and "scored already" in again.stderr and "drew node" not in again.stderr
-
-
-PROMPTS = [Prompt(f"prompt {i}", f"{i:05d}", {"tag": "single_object", "include": [i]}) for i in range(3)]
-
-
-def test_layouts_of_kept_images(tmp_path):
-    images = [torch.full((3, 4, 6), 20 * i, dtype=torch.uint8) for i in range(12)]
-    keeper("geneval", tmp_path / "geneval", PROMPTS, 4)(0, list(range(12)), images)
-    assert json.loads((tmp_path / "geneval/00002/metadata.jsonl").read_text()) == PROMPTS[2].meta
-    assert torch.equal(read_image(str(tmp_path / "geneval/00002/samples/00001.png")), images[9])
-    keeper("dpg", tmp_path / "dpg", PROMPTS, 4)(0, list(range(12)), images)
-    grid = read_image(str(tmp_path / "dpg/00001.png"))
-    assert grid.shape == (3, 8, 12)
-    corners = [grid[0, y, x].item() for y in (0, 7) for x in (0, 11)]
-    assert corners == [80, 100, 120, 140]  # top left, top right, bottom left, bottom right
-    keeper("shards", tmp_path / "shards", PROMPTS, 4)(1, list(range(8, 12)), images[8:])
-    dataset = ShardDataset([tmp_path / "shards/images-000001.tar"], 4)
-    assert dataset.read_text(0)["caption"] == "prompt 2" and len(dataset) == 4

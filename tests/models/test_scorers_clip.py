@@ -197,3 +197,14 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(published, folder, tmp_pat
     with pytest.raises(ModelError, match="tokenizer .* is on the hub"):
         ClipScore("ViT-B-16-SigLIP", "webli", CPU)
     assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") is None  # it would let pickles run
+
+
+def test_a_tags_weights_elsewhere(published, folder, tmp_path):
+    """They keep the tag's preprocessing and its kind of GELU, which the file alone does not tell."""
+    other = shutil.copy(published, tmp_path / "elsewhere.safetensors")
+    images = tensors(pictures((64, 40), (50, 50)))
+    here = ClipImages("tiny-clip", "plain", CPU)(images)
+    assert torch.equal(ClipImages("tiny-clip", "plain", CPU, other)(images), here)
+    assert not torch.equal(ClipImages("tiny-clip", str(other), CPU)(images), here)
+    with pytest.raises(ModelError, match="QuickGELU"):
+        ClipImages("tiny-clip", "quick", CPU, other)

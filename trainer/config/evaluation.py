@@ -34,7 +34,7 @@ class EvaluateSettings(BaseModel, extra="forbid", use_attribute_docstrings=True)
     come out too high, and only compare with others of the same number of images"""
     batch: int = Field(16, ge=1)
     """images per network call"""
-    chunk: int = Field(64, ge=1)
+    chunk: int = Field(16, ge=1)
     """images whose features are saved at a time: what a killed job loses at most, per process"""
     seed: int = 0
     """image i is drawn with seed + i, or as the protocol says"""
@@ -43,7 +43,7 @@ class EvaluateSettings(BaseModel, extra="forbid", use_attribute_docstrings=True)
     demo's labels, which the first evaluation trains on `data.labelled`"""
     resize: Literal["clean", "pytorch"] = "clean"
     """how images reach Inception's 299 pixels: as clean-fid by default, or as pytorch-fid, whose statistics files need it"""
-    patch: int = Field(299, ge=8)
+    patch: int = Field(299, ge=1)
     """side of the centre crop that patch-FID compares, in pixels"""
     clip_model: str = "ViT-g-14"
     """open_clip model of the CLIP score (and of `features: clip`), or local-dir:FOLDER"""

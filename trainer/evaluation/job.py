@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.prompts import Prompt
+from models.pipeline import pipeline_hash
 from trainer.distributed.world import from_main
 from trainer.errors import UserError
 from trainer.evaluation.generate import fill
@@ -31,6 +32,7 @@ from trainer.evaluation.references import (
     find_prompts,
     find_reference,
 )
+from trainer.evaluation.results_folder import ResultsFolder
 from trainer.evaluation.rows import Rows
 from trainer.evaluation.scores import scores
 from trainer.evaluation.sources import OpenSource, PipelineSource, Source, find_source
@@ -41,14 +43,13 @@ from trainer.training.run import Run
 STATISTICS = ("fid",)  # what an .npz of mean and covariance suffices for
 
 
-def results_folder(run: Run) -> Path:
-    return run.folder / run.settings.evaluate.folder
+TEACHER_SEED = 1 << 40  # of the teacher's images in "fid-teacher": far from any number of an image
 
 
 @dataclass
 class Evaluation:
-    """Protocol, prompts, networks and reference of an evaluation. images: how many each source makes. warnings: what a
-    reader of the numbers must know."""
+    """Protocol, prompts, networks and reference of an evaluation. images: how many each source makes. own_weights: networks
+    whose weights are not the published ones. warnings: what a reader of the numbers must know."""
 
     run: Run
     protocol: Protocol
@@ -57,8 +58,10 @@ class Evaluation:
     prompts: list[Prompt]
     networks: Networks
     hash: str
+    own_weights: dict[str, str]
     reference: Reference | None = None
     warnings: list[str] = field(default_factory=list)
+    _pipelines: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, run: Run) -> "Evaluation":
@@ -83,7 +86,7 @@ class Evaluation:
         networks = load_networks(run, protocol, metrics, weights)
         warnings = _check_counts(run, protocol, metrics, networks, images, real)
         compared_with = {
-            "reference": real.identity if real else _teacher(run) if compared_blocks(metrics) else None,
+            "reference": real.identity if real else _teacher_identity(run) if compared_blocks(metrics) else None,
             "resolution": run.settings.data.resolution,
         }
         made_of = {
@@ -94,7 +97,7 @@ class Evaluation:
         if networks.accuracies:
             own["classifier"] = from_main(file_hash(networks.file) if run.world.main else None, run.world)
         named = protocol.hash(own, **compared_with, **made_of)
-        found = cls(run, protocol, metrics, images, prompts, networks, named, warnings=warnings)
+        found = cls(run, protocol, metrics, images, prompts, networks, named, own, warnings=warnings)
         found._check_folder()
         if compared_blocks(metrics):
             # Real images are the same rows for other prompts and other numbers of generated images.
@@ -102,15 +105,24 @@ class Evaluation:
             found._read_reference(real, key)
         return found
 
+    @property
+    def results(self) -> ResultsFolder:
+        return ResultsFolder(self.run.folder / self.run.settings.evaluate.folder)
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the protocol was followed to the letter, so that published numbers may stand beside ours."""
+        exact = self.protocol.resolution in (0, self.run.settings.data.resolution)
+        return exact and self.images == self.protocol.images and not self.own_weights
+
     def _check_folder(self) -> None:
         """A folder holds the results of one protocol: its numbers stand in one table."""
-        folder, mine = results_folder(self.run), (self.protocol.name, self.hash)
+        folder, mine = self.results.folder, (self.protocol.name, self.hash)
         other = None
         if self.run.world.main:
-            for file in sorted(folder.glob("*/metrics.json")):
-                found = json.loads(file.read_text())
+            for name, found in self.results.finished():
                 if (found.get("protocol"), found.get("protocol_hash")) != mine:
-                    other = f"{file.parent} was scored under {found.get('protocol') or 'no protocol'}"
+                    other = f"{folder / name} was scored under {found.get('protocol') or 'no protocol'}"
                     other += f" ({found.get('protocol_hash') or 'an earlier version'})"
         if other := from_main(other, self.run.world):
             raise UserError(
@@ -123,11 +135,11 @@ class Evaluation:
         if isinstance(real, RealStatistics):
             self.reference = Reference(real.name, None, run.world, real.statistics)
             return
-        about = {"key": key, "blocks": sorted(networks.images)}
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        folder = Path(settings.cache).expanduser() if settings.cache else results_folder(run) / "references"
         count = real.count if real else self.images
-        rows = Rows.open(folder / name, count, settings.chunk, about, run.world)
+        about = {"key": key, "blocks": sorted(networks.images), "rows": [count, settings.chunk]}
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        folder = Path(settings.cache).expanduser() if settings.cache else self.results.folder / "references"
+        rows = Rows.shared(folder / name, count, settings.chunk)
         label, credit = (real.name, real.credit) if real else ("the teacher", None)
         fill(
             rows,
@@ -146,16 +158,15 @@ class Evaluation:
 
     def _teacher_images(self) -> Callable[[list[int]], list[Tensor]]:
         """The teacher's images of the same prompts, with noise of other numbers than the generated ones."""
-        return self._images(self.opener(find_source(self.run, "teacher")), first=self.images)
+        return self._images(self.opener(find_source(self.run, "teacher")), TEACHER_SEED)
 
-    def _images(self, opened: Callable[[], OpenSource], first: int = 0) -> Callable[[list[int]], list[Tensor]]:
-        """A source's images by number. first: added to the number that draws the noise."""
+    def _images(self, opened: Callable[[], OpenSource], seed: int) -> Callable[[list[int]], list[Tensor]]:
+        """A source's images by number."""
         per_prompt = self.run.settings.evaluate.images_per_prompt
 
         def images(numbers: list[int]) -> list[Tensor]:
             captions = [prompt_of(self.prompts, number, per_prompt).text for number in numbers]
-            seed = self.run.settings.evaluate.seed
-            return list(opened().images(captions, seed, [first + number for number in numbers]))
+            return list(opened().images(captions, seed, numbers))
 
         return images
 
@@ -167,29 +178,49 @@ class Evaluation:
         """What a source's numbers are a function of, besides the protocol. Every rank must call it."""
         sample, settings = self.run.settings.sample, self.run.settings.evaluate
         steps = [list(source.timesteps)] if source.timesteps else [sample.steps, sample.guidance_scale]
-        parts = [self.run.weights_hash(source.weights), *steps, settings.seed, self.run.settings.precision]
+        parts = [self.run.weights_hash(source.weights), self._rest(source.pipeline), *steps]
+        parts += [settings.seed, self.run.settings.precision]
         if getattr(source, "base", None):
             parts.append(self.run.weights_hash(source.base))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
+    def _rest(self, pipeline: Path) -> str:
+        """The hash of a pipeline without its denoiser. Every rank must call it."""
+        if pipeline not in self._pipelines:
+            mine = pipeline_hash(pipeline, self.run.settings.variant) if self.run.world.main else None
+            self._pipelines[pipeline] = from_main(mine, self.run.world)
+        return self._pipelines[pipeline]
+
     def score(self, source: Source | PipelineSource, opened: Callable[[], OpenSource]) -> tuple[Rows, dict[str, float]]:
         """Makes a source's images, unless a killed job has made them, and scores them. Every rank must call it. opened: as of
         `opener`."""
-        run, settings, keep = self.run, self.run.settings.evaluate, None
+        run, settings, keep, place = self.run, self.run.settings.evaluate, None, None
         key = {"protocol": self.hash, "source": self.identity(source), "metrics": sorted(self.metrics)}
         if settings.keep:
-            place = results_folder(run) / f"{source.name}-images"
+            place = self.results.folder / f"{source.name}-images"
             keep = keeper(settings.keep, place, self.prompts, settings.images_per_prompt)
         chunk = max(1, settings.chunk // settings.images_per_prompt) * settings.images_per_prompt
-        folder = results_folder(run) / f"{source.name}.rows"
-        rows = Rows.open(folder, self.images, chunk, key | {"keep": settings.keep}, run.world)
+        folder = self.rows_folder(source.name)
+        rows = Rows.open(folder, self.images, chunk, key | {"keep": settings.keep}, run.world, place)
 
         def measure(images: list[Tensor], numbers: list[int]) -> dict[str, Tensor]:
             prompts = [prompt_of(self.prompts, number, settings.images_per_prompt) for number in numbers]
             return self.networks.rows(images, prompts)
 
-        fill(rows, run.world, self._images(opened), measure, settings.batch, source.name, show=True, keep=keep)
+        fill(
+            rows,
+            run.world,
+            self._images(opened, settings.seed),
+            measure,
+            settings.batch,
+            source.name,
+            show=True,
+            keep=keep,
+        )
         return rows, scores(rows, self.reference, self.metrics, self.networks.accuracies, run.world)
+
+    def rows_folder(self, name: str) -> Path:
+        return self.results.folder / f"{name}.rows"
 
 
 def _number_of_images(run: Run, protocol: Protocol, prompts: list[Prompt]) -> int:
@@ -223,8 +254,9 @@ def _check_counts(
     counts = {"evaluate.images": images}
     if isinstance(real, RealImages):
         counts[f"the reference {real.name}"] = real.count
-        if real.count < 4:
-            raise UserError(f"{real.name}: {real.count} images are too few to compare with")
+    few = next(((name, count) for name, count in counts.items() if count < 4), None)  # recall looks at 3 neighbours
+    if few and compared_blocks(metrics):
+        raise UserError(f"{few[1]} images of {few[0]} are too few to compare with")
     for metric in [m for m in metrics if m in FRECHET]:
         width = widths[COMPARED[metric]]
         name, count = min(counts.items(), key=lambda item: item[1])
@@ -244,6 +276,8 @@ def _check_counts(
     return found
 
 
-def _teacher(run: Run) -> str:
+def _teacher_identity(run: Run) -> str:
+    """What the teacher's images are a function of. Every rank must call it."""
     sample = run.settings.sample
-    return f"teacher {run.weights_hash(run.teacher_folder)} {sample.steps} {sample.guidance_scale}"
+    hashes = run.weights_hash(run.teacher_folder), pipeline_hash(run.pipeline_folder, run.settings.variant)
+    return f"teacher {hashes} {sample.steps} {sample.guidance_scale} {run.settings.precision}"

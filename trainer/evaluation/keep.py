@@ -10,6 +10,7 @@ from torchvision.io import encode_png, write_png
 
 from data.prompts import Prompt
 from data.shard_writer import write_shard
+from models.scorers.preprocess import over_threads
 from trainer.errors import UserError
 
 Keep = Callable[[int, list[int], list[Tensor]], None]
@@ -60,30 +61,30 @@ def _shards(
     folder: Path, chunk: int, numbers: list[int], images: list[Tensor], prompts: list[Prompt], per_prompt: int
 ) -> None:
     samples = []
-    for number, image in zip(numbers, images, strict=True):
+    for number, png in zip(numbers, over_threads(_png, images), strict=True):
         prompt = prompt_of(prompts, number, per_prompt)
         about = {"prompt_id": prompt.id, **prompt.meta}
-        samples.append({"__key__": f"{number:08d}", "png": _png(image), "txt": prompt.text, "json": about})
+        samples.append({"__key__": f"{number:08d}", "png": png, "txt": prompt.text, "json": about})
     write_shard(samples, folder / f"images-{chunk:06d}.tar")
 
 
 def _folder(
     folder: Path, chunk: int, numbers: list[int], images: list[Tensor], prompts: list[Prompt], per_prompt: int
 ) -> None:
-    for number, image in zip(numbers, images, strict=True):
+    for number, png in zip(numbers, over_threads(_png, images), strict=True):
         (folder / f"{number:08d}.txt").write_text(prompt_of(prompts, number, per_prompt).text + "\n", encoding="utf-8")
-        write_png(image, str(folder / f"{number:08d}.png"))
+        (folder / f"{number:08d}.png").write_bytes(png)
 
 
 def _geneval(
     folder: Path, chunk: int, numbers: list[int], images: list[Tensor], prompts: list[Prompt], per_prompt: int
 ) -> None:
-    for number, image in zip(numbers, images, strict=True):
+    for number, png in zip(numbers, over_threads(_png, images), strict=True):
         place, again = divmod(number, per_prompt)
         own = folder / f"{place:05d}"
         (own / "samples").mkdir(parents=True, exist_ok=True)
         (own / "metadata.jsonl").write_text(json.dumps(prompt_of(prompts, number, per_prompt).meta) + "\n")
-        write_png(image, str(own / "samples" / f"{again:05d}.png"))
+        (own / "samples" / f"{again:05d}.png").write_bytes(png)
 
 
 def _dpg(

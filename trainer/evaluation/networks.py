@@ -108,7 +108,10 @@ def load_networks(run: Run, protocol: Protocol, metrics: tuple[str, ...], weight
         elif protocol.features == "dinov2":
             network, name = DinoV2(weights["dinov2"].path, device), "DINOv2 ViT-L/14"
         else:
-            network, name = ClipImages(clip.model, weights["clip"].pretrained, device), f"CLIP {clip.model}"
+            network, name = (
+                ClipImages(clip.model, weights["clip"].pretrained, device, weights["clip"].path),
+                f"CLIP {clip.model}",
+            )
         if "features" in blocks:
             images["features"] = _after(protocol.whole(run.settings.data.resolution), network)
         if "patch" in blocks:
@@ -123,7 +126,7 @@ def load_networks(run: Run, protocol: Protocol, metrics: tuple[str, ...], weight
         images["dinov2"] = DinoV2(weights["dinov2"].path, device)
     if "clip_score" in metrics:
         prepare = Prepare("square", clip.side) if clip.side else None
-        score = ClipScore(clip.model, weights["clip"].pretrained, device, prefix=clip.prefix, prepare=prepare)
+        score = ClipScore(clip.model, weights["clip"].pretrained, device, weights["clip"].path, clip.prefix, prepare)
         prompted["clip"] = _scored(score)
     if "pick_score" in metrics:
         prompted["pick_score"] = _scored(PickScore(weights["pick_score"].path, device))

@@ -26,11 +26,13 @@ class Clip:
 @dataclass(frozen=True)
 class Sampling:
     """How images are made. noise: as `ImageNoise`. precision: of the networks; "" is the run's. one_tokenizer: the first
-    tokenizer also serves the second text encoder, whose padding then differs."""
+    tokenizer also serves the second text encoder, whose padding then differs. rounded: pixels are rounded to
+    8 bits, not truncated."""
 
     noise: str = "image"
     precision: str = ""
     one_tokenizer: bool = False
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Protocol:
     """metrics: those that it publishes. reference: where the real images come from. features: the network of FID,
     patch-FID, KID, precision and recall; resize: how images reach its 299 pixels. side: of the square that generated and
     real images are both cropped and resized to before; 0: that of the run's images. patch: side of patch-FID's crop. images:
-    how many, by default. about, published: source and results, which change no number."""
+    how many, by default. resolution: of the generated images; 0 for any. about, published: source and results, which change no number."""
 
     name: str
     metrics: tuple[str, ...] = ("fid", "patch_fid", "kid", "precision_recall", "clip_score")
@@ -50,6 +52,7 @@ class Protocol:
     clip: Clip = field(default_factory=Clip)
     sampling: Sampling = Sampling()
     images: int = 10_000
+    resolution: int = 0
     about: str = field(default="", compare=False)
     published: dict[str, dict[str, float]] = field(default_factory=dict, compare=False)
 
@@ -83,6 +86,7 @@ PROTOCOLS = {
             side=512,
             clip=DMD2,
             sampling=Sampling("batch-4", "fp32", one_tokenizer=True),
+            resolution=1024,
             about="DMD2's, SDXL at 1024 px: main/sdxl/test_folder_sdxl.py and main/coco_eval/coco_evaluator.py of "
             "tianweiy/DMD2. Prompts: coco10k/all_prompts.pkl, reference: coco10k/subset, both from its data release.",
             published={
@@ -98,6 +102,7 @@ PROTOCOLS = {
             side=256,
             clip=DMD2,
             sampling=Sampling("batch-10", "fp32"),
+            resolution=512,
             images=30_000,
             about="DMD2's, SD 1.5 at 512 px: main/test_folder_sd.py of tianweiy/DMD2. Prompts: captions_coco14_test.txt, "
             "reference: all of COCO's val2014.",
@@ -109,7 +114,8 @@ PROTOCOLS = {
             reference="folder",
             side=256,
             clip=DMD2,
-            sampling=Sampling("device"),
+            sampling=Sampling("device", rounded=True),
+            resolution=512,
             images=30_000,
             about="GigaGAN's evaluator as SiD-LSG uses it (generate_onestep.py of mingyuanzhou/SiD-LSG): the same 30,000 "
             "captions and reference as dmd2-coco30k, noise from a device generator with the image's number.",

@@ -1,5 +1,6 @@
 """What generated images are compared with, and the prompts that they are made of."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,8 @@ from trainer.evaluation.protocols import Protocol
 from trainer.evaluation.rows import Rows
 from trainer.path.manifest import file_hash
 from trainer.training.run import Run
+
+MOMENTS_ROWS = 1024  # summed at a time: D x D sums of a few rows would take longer than their product
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ class Reference:
 def moments_of(rows: Rows, block: str, world: World) -> Moments:
     """The moments of a block, each rank summing its share of the chunks: nothing is gathered. Every rank must call it."""
     total = Moments.of(torch.empty(0, rows.width(block), device=world.device))
-    for part in rows.parts(block, world.rank, world.size):
-        total = total + Moments.of(part.to(world.device))
+    parts = rows.parts(block, world.rank, world.size)
+    while some := list(itertools.islice(parts, max(1, MOMENTS_ROWS // rows.chunk))):
+        total = total + Moments.of(torch.cat(some).to(world.device))
     return Moments(sum_over_ranks(total.stack, world), total.size)
 
 
@@ -97,10 +101,9 @@ def heldout_images(run: Run) -> RealImages:
     dataset = heldout(run)
     metas = [dataset.read_text(row)["meta"] for row in range(len(dataset))]
     credits = sorted({str(meta["credit"]) for meta in metas if meta.get("credit")})
-    paths = [f"{path.name}:{path.stat().st_size}" for path in dataset.paths]
     return RealImages(
         str(run.settings.data.heldout),
-        f"{paths} at {run.settings.data.resolution}",
+        f"{ReferenceImages(dataset.paths, image_keys=run.settings.data.image_keys).identity} at {dataset.resolution}",
         len(dataset),
         lambda row: to_bytes(dataset.read(row)["image"]),
         "; ".join(credits[:3]) or None,
@@ -130,10 +133,16 @@ def find_reference(run: Run, protocol: Protocol) -> RealImages | RealStatistics:
         mean, covariance = read_statistics(file)
         return RealStatistics(where, f"{file.name} {file_hash(file)}", Statistics(mean, covariance))
     folder = Path(where).expanduser()
-    images = ReferenceImages(
-        folder if folder.is_dir() and not any(folder.glob("*.tar")) else expand(where, "evaluate.reference")
-    )
+    shards = None if folder.is_dir() and not any(folder.glob("*.tar")) else expand(where, "evaluate.reference")
+    # One rank looks at the files: tens of thousands, for COCO.
+    images = from_main(_images(shards or folder, run) if run.world.main else None, run.world)
     return RealImages(where, images.identity, len(images), images.__getitem__)
+
+
+def _images(source: Path | list[Path], run: Run) -> ReferenceImages:
+    images = ReferenceImages(source, image_keys=run.settings.data.image_keys)
+    _ = images.identity  # goes to the other ranks with the rest
+    return images
 
 
 def find_prompts(run: Run, protocol: Protocol) -> list[Prompt]:

@@ -16,6 +16,7 @@ SCORES = (
     "fid patch_fid kid pixel_fd fd_dinov2 cmmd precision recall clip_score pick_score hps_v2_1 class_accuracy "
     "colour_accuracy heldout_class_accuracy heldout_colour_accuracy"
 ).split()
+UNFINISHED = (".tmp", ".old", ".rows")  # endings of folders that are being written, replaced, or not scored yet
 # Sections that say how results are made and shown, and where files go, not what is trained.
 NOT_TRAINING = ("about", "run", "seed", "report", "evaluate", "export", "path", "pipeline", "generator_start")
 
@@ -151,7 +152,7 @@ class Results:
     def evaluated(self) -> list[str]:
         """Names of what was evaluated, in order."""
         files = self.evaluations.glob("*/metrics.json")
-        return sorted(file.parent.name for file in files if not file.parent.name.endswith(".tmp"))
+        return sorted(file.parent.name for file in files if not file.parent.name.endswith(UNFINISHED))
 
     def how(self, what: str) -> dict:
         """The settings of an evaluation; empty if they were not written."""

@@ -31,16 +31,24 @@ class Rows:
     chunk: int
 
     @classmethod
-    def open(cls, folder: Path, total: int, chunk: int, key: dict, world: World) -> "Rows":
-        """Opens the folder, and empties it if its rows are of something else. Every rank must call it."""
+    def open(cls, folder: Path, total: int, chunk: int, key: dict, world: World, beside: Path | None = None) -> "Rows":
+        """Opens the folder, and empties it if its rows are of something else. Every rank must call it. beside: a folder that
+        belongs to the rows, and is emptied with them."""
         if world.main:
             file = folder / KEY
             key = json.loads(json.dumps(key | {"total": total, "chunk": chunk}))
             if not file.exists() or json.loads(file.read_text()) != key:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
+                for stale in (folder, beside) if beside else (folder,):
+                    shutil.rmtree(stale, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 write_text(json.dumps(key, indent=2) + "\n", file, durable=False)
         barrier(world)
+        return cls(folder, total, chunk)
+
+    @classmethod
+    def shared(cls, folder: Path, total: int, chunk: int) -> "Rows":
+        """Opens a folder whose name says what the rows are of, and that several jobs may fill at the same time."""
+        folder.mkdir(parents=True, exist_ok=True)
         return cls(folder, total, chunk)
 
     def file(self, number: int) -> Path:
@@ -56,8 +64,12 @@ class Rows:
 
     def missing(self, world: World) -> list[int]:
         """This rank's share of the chunks that are still to be made. Every rank must call it."""
-        found = from_main([n for n in range(self.chunks) if not self._whole(n)] if world.main else None, world)
-        return found[world.rank :: world.size]
+        return from_main(self._missing() if world.main else None, world)[world.rank :: world.size]
+
+    def _missing(self) -> list[int]:
+        # By a listing: a network file system remembers for a while that a file which was looked for is not there.
+        names = {file.name for file in self.folder.iterdir()}
+        return [n for n in range(self.chunks) if self.file(n).name not in names or not self._whole(n)]
 
     def _whole(self, number: int) -> bool:
         """A job that is killed on a full disk, or with its node, may leave a file that is cut short."""
@@ -69,7 +81,9 @@ class Rows:
 
     def write(self, number: int, blocks: dict[str, Tensor]) -> None:
         """Writes a chunk's blocks; under its final name once it is whole."""
-        part = self.folder / f"rows-{number:06d}.part"
+        part = (
+            self.folder / f"rows-{number:06d}.{socket.gethostname()}.{os.getpid()}"
+        )  # another job may fill a cache, too
         save_file({name: block.cpu().contiguous() for name, block in blocks.items()}, part)
         part.replace(self.file(number))
 

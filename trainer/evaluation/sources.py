@@ -23,6 +23,7 @@ from trainer.training.hub import HUB_ID
 from trainer.training.run import Run
 
 PLAIN = Sampling()
+OWN = re.compile(r"generator|teacher|start|nodes|references|(step|node)-\d+(-raw)?|.*(\.rows|\.tmp|\.old|-images)")
 
 
 class OpenSource(Protocol):
@@ -65,6 +66,7 @@ class Source:
             network = load_network(self.weights, dtype, variant)
         network.to(run.world.device).eval().requires_grad_(False)
         sampler = run.sampler(self.pipeline, dtype)
+        sampler.rounded = sampling.rounded
         if sampling.one_tokenizer and getattr(sampler.text.parts, "tokenizer_2", None):
             sampler.text.parts.tokenizer_2 = sampler.text.parts.tokenizer
         return OpenDenoiser(self, run, network, sampler, sampling.noise)
@@ -116,7 +118,7 @@ class PipelineSource:
         except Exception as error:  # of several libraries
             raise UserError(f"{self.pipeline}: diffusers cannot load it: {error}") from error
         pipe.set_progress_bar_config(disable=True)
-        return OpenPipeline(run, pipe.to(run.world.device), sampling.noise)
+        return OpenPipeline(run, pipe.to(run.world.device), sampling)
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,14 @@ class OpenPipeline:
 
     run: Run
     pipe: DiffusionPipeline
-    noise: str = "image"
+    sampling: Sampling = PLAIN
 
     def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
         settings, side = self.run.settings.sample, self.run.settings.data.resolution
         channels, side_latent = self.pipe.vae.config.latent_channels, side // self.pipe.vae_scale_factor
-        noise = ImageNoise(seed, indices, (channels, side_latent, side_latent), self.run.world.device, self.noise)
+        noise = ImageNoise(
+            seed, indices, (channels, side_latent, side_latent), self.run.world.device, self.sampling.noise
+        )
         options = {} if noise.first is None else {"latents": noise.draw().to(self.pipe.dtype)}
         images = self.pipe(
             captions,
@@ -142,7 +146,7 @@ class OpenPipeline:
             output_type="pt",
             **options,
         ).images
-        return to_uint8(2 * images.float() - 1)
+        return to_uint8(2 * images.float() - 1, self.sampling.rounded)
 
 
 def _dtype(run: Run, sampling: Sampling) -> torch.dtype:
@@ -175,18 +179,28 @@ def find_source(run: Run, what: str) -> Source | PipelineSource:
     if re.fullmatch(r"node-\d{4}", what) and (node / "node.json").is_file():
         return Source(what, node, run.pipeline_folder, None, run.teacher_folder if is_adapter(node) else None)
     folder = Path(what).expanduser()
-    name = folder.resolve().name
+    name = _name(run, folder)
     if (folder / "model_index.json").exists():
         return _pipeline(folder, name, run.pipeline_folder)
     for weights in (folder / WEIGHTS, folder):  # a checkpoint's folder; a denoiser or LoRA folder
         if (weights / "config.json").exists() or is_adapter(weights):
             return _weights(run, name, weights)
     if not folder.exists() and HUB_ID.fullmatch(what):
-        return _pipeline(run.fetched(what, "evaluate.what"), what.rpartition("/")[2], run.pipeline_folder)
+        return _pipeline(run.fetched(what, "evaluate.what"), what.replace("/", "-"), run.pipeline_folder)
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'it has none'}), "
         "a node of its path, a pipeline folder, a denoiser folder, a LoRA folder or a pipeline of the hub"
     )
+
+
+def _name(run: Run, folder: Path) -> str:
+    """The name of a folder's results. One outside of the run that is called like something of the run's also has the name of
+    the run that it belongs to, or of its parent folder."""
+    folder = folder.resolve()
+    if folder.is_relative_to(run.folder.resolve()) or not OWN.fullmatch(folder.name):
+        return folder.name
+    owner = next(part.name for part in folder.parents if part.name not in ("backtrack", "checkpoints", WEIGHTS, RAW))
+    return f"{owner}-{folder.name}"
 
 
 def _weights(run: Run, name: str, folder: Path, kind: str | None = None) -> Source:

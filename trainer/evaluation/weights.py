@@ -4,6 +4,7 @@ They are looked for where `evaluate.networks` says, in the folder `evaluate.weig
 download to: TORCH_HOME, HF_HOME.
 """
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from models.scorers import published
 from models.scorers.clip import LOCAL, cached_clip, tag_config
 from models.scorers.published import WeightsFile
-from trainer.distributed.world import from_main
+from trainer.distributed.world import first_problem, from_main
 from trainer.errors import UserError
 from trainer.evaluation.protocols import Protocol
 from trainer.path.manifest import file_hash
@@ -33,7 +34,7 @@ FOLDERS = ("cmmd", "pick_score")  # networks that are a folder: weights, configu
 class Weights:
     """A network's weights. path: the file or folder, if there is one. published: whether published numbers come from
     them. identity: what they are, for the protocol's hash. looked: where they were looked for. problem: why they cannot be
-    used."""
+    used. tag: open_clip's name for them."""
 
     name: str
     wanted: str
@@ -42,21 +43,28 @@ class Weights:
     identity: str = "published"
     looked: tuple[str, ...] = ()
     problem: str = ""
+    tag: str = ""
 
     @property
     def pretrained(self) -> str:
-        """For open_clip; a local-dir: model has its weights itself."""
-        return str(self.path) if self.path else ""
+        """For open_clip: a tag, which says how images are prepared, or a file. A local-dir: model has its weights itself."""
+        return self.tag or str(self.path or "")
 
     def line(self) -> str:
         """One line for a person."""
         state = self.problem or f"found: {self.path or self.identity}"
-        return f"{self.name:10} {state}" + ("" if self.path else f"\n{'':10} wanted: {self.wanted}")
+        return f"{self.name:10} {state}" + (f"\n{'':10} wanted: {self.wanted}" if self.problem else "")
 
 
 def find_weights(run: Run, protocol: Protocol, names: list[str]) -> dict[str, Weights]:
-    """The weights of networks, by name. Rank 0 looks, and hashes what has a published hash. Every rank must call it."""
-    return from_main({name: _find(run, protocol, name) for name in names} if run.world.main else None, run.world)
+    """The weights of networks, by name. Rank 0 looks, and hashes what has a published hash. Every rank must call it. Raises
+    UserError if a file that rank 0 found is not on all nodes."""
+    found = from_main({name: _find(run, protocol, name) for name in names} if run.world.main else None, run.world)
+    absent = next((w.path for w in found.values() if w.path and not w.problem and not w.path.exists()), None)
+    problem = f"{absent} is on the first node but not on {socket.gethostname()}: put it on a file system that all share"
+    if problem := first_problem(problem if absent else None, run.world):
+        raise UserError(problem)
+    return found
 
 
 def require(found: dict[str, Weights]) -> None:
@@ -107,14 +115,14 @@ def _find_clip(run: Run, protocol: Protocol) -> Weights:
         path = Path(given).expanduser()
         if not path.is_file():
             return Weights("clip", wanted, problem=f"{path} is neither a file nor a tag of open_clip's {model}")
-        return Weights("clip", wanted, path, published=False, identity=f"{model} {_identity(path)}")
+        return Weights("clip", wanted, path, published=False, identity=f"{model}, {_identity(path)}")
     names = published.CLIP_G.names
     own = [Path(settings.weights).expanduser() / Path(repository).name / part for part in names if settings.weights]
     path = next((place for place in own if place.is_file()), None) or cached_clip(model, pretrained)
     looked = (*(str(place.parent) for place in own[:1]), constants.HF_HUB_CACHE)
     if path is None:
         return Weights("clip", wanted, looked=looked, problem=f"{model} {pretrained}: not found in {', '.join(looked)}")
-    return Weights("clip", wanted, path, identity=f"{model} {pretrained}", looked=looked)
+    return Weights("clip", wanted, path, identity=f"{model} {pretrained}", looked=looked, tag=pretrained)
 
 
 def _folders(run: Run, file: WeightsFile) -> list[Path]:
@@ -147,4 +155,4 @@ def _wanted(file: WeightsFile) -> str:
 def _identity(path: Path) -> str:
     """A file's hash, or that of a folder's weights."""
     files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    return f"{path.name}, sha256 {' '.join(file_hash(file)[:12] for file in files)}"
+    return f"sha256 {' '.join(file_hash(file)[:12] for file in files)}"

@@ -1,0 +1,85 @@
+"""The results folder of a run: one folder per source, written as a whole, by one job at a time."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from models.pipeline import replace_folder
+from trainer.distributed.logs import log
+from trainer.distributed.world import World, barrier, from_main
+from trainer.errors import UserError
+from trainer.evaluation.results import UNFINISHED
+
+LOCK_SECONDS = 5.0  # between looks at a lock that another job holds
+
+
+class ResultsFolder:
+    """EVAL/ in a run folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def finished(self) -> Iterator[tuple[str, dict]]:
+        """Names and metrics of what has been scored, sorted. Raises UserError for a damaged file."""
+        for file in sorted(self.folder.glob("*/metrics.json")):
+            if not file.parent.name.endswith(UNFINISHED):
+                try:
+                    yield file.parent.name, json.loads(file.read_text())
+                except (OSError, json.JSONDecodeError) as error:
+                    raise UserError(f"{file} is damaged ({error}): remove its folder to score it again") from error
+
+    def metrics(self, name: str) -> dict:
+        """The metrics of a source; {} if it has none yet."""
+        return next((found for other, found in self.finished() if other == name), {})
+
+    def repair(self) -> None:
+        """Cleans up after a job that was killed while it replaced a folder. For rank 0, while it holds the lock."""
+        for kept in self.folder.glob("*.old"):
+            final = kept.with_suffix("")
+            if final.exists():
+                shutil.rmtree(kept, ignore_errors=True)
+            else:
+                os.replace(kept, final)
+        for part in self.folder.glob("*.tmp"):
+            shutil.rmtree(part, ignore_errors=True)
+
+    def write(self, name: str, write: Callable[[Path], None]) -> Path:
+        """A source's folder, by a function that fills it. Readers see the old one or the new one."""
+        temporary = self.folder / f"{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        replace_folder(temporary, self.folder / name)
+        return self.folder / name
+
+    @contextlib.contextmanager
+    def claimed(self, world: World) -> Iterator[None]:
+        """While a block runs, no other job writes here; this one waits for its turn. The lock dies with its process. Every rank
+        must enter it."""
+        with (self.folder / ".lock").open("a") as lock:
+            told = False
+            while not from_main(_lock(lock.fileno()) if world.main else None, world):
+                if not told:
+                    log.info(f"another job evaluates into {self.folder}: waiting for its current source")
+                told = True
+                time.sleep(LOCK_SECONDS)
+            if world.main:
+                self.repair()
+            barrier(world)
+            yield
+
+
+def _lock(file: int) -> bool:
+    """Takes a lock if it is free, and does without on a file system that has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.warning(f"no file locks here ({error.strerror}): two jobs at the same time would disturb each other")
+    return True
