@@ -81,9 +81,7 @@ class Rows:
 
     def write(self, number: int, blocks: dict[str, Tensor]) -> None:
         """Writes a chunk's blocks; under its final name once it is whole."""
-        part = (
-            self.folder / f"rows-{number:06d}.{socket.gethostname()}.{os.getpid()}"
-        )  # another job may fill a cache, too
+        part = self.folder / f"rows-{number:06d}.{uuid.uuid4().hex}"  # another job may write it, too
         save_file({name: block.cpu().contiguous() for name, block in blocks.items()}, part)
         part.replace(self.file(number))
 
