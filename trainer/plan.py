@@ -65,8 +65,16 @@ def _stage_table(name: str, stage: dict, plan: dict) -> list[str]:
         f"  checkpoint {stage['checkpoint_gb']:.1f} GB; host memory {stage['host_gb_per_rank']:.1f} GB per rank; "
         f"network {stage['network_gb_per_step']:.2f} GB sent per step and GPU",
         f"  {stage['tflop_per_step']:.1f} TFLOP per step and GPU: {stage['step_seconds']:.2f} s at {plan['mfu']:.0%} of "
-        f"the {plan['gpu']}'s peak, {stage['days']:.1f} days for {stage['steps']} steps",
+        f"the {plan['gpu']}'s peak, {stage['days']:.1f} days for {stage['steps']} steps; beside it "
+        f"{stage['network_seconds']:.2f} s of network at {plan['bandwidth_gb']:g} GB/s",
     ]
+    if stage["image_tflop_per_step"]:
+        lines.append(
+            f"  {stage['image_tflop_per_step']:.1f} of these TFLOP encode the GAN term's real images, in float32 at half the "
+            "speed: encoded shards have them ready (`disback shards --encode`)"
+        )
+    if stage["zero3"]:
+        lines.append(f"  {stage['zero3']}")
     return lines
 
 
@@ -79,6 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB")
     parser.add_argument("--host-memory", type=float, default=0.0, metavar="GB", help="per node; 0 skips the check")
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the GPU's peak that training reaches")
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=25.0,
+        metavar="GB/s",
+        help="what a GPU sends to the others; default: a port of 200 Gb/s per GPU",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -86,14 +101,14 @@ def main(argv: list[str] | None = None) -> int:
 
     def go() -> None:
         args = parser.parse_intermixed_args(argv)
-        for flag in ("nodes", "gpus_per_node", "gpu_memory", "mfu"):
+        for flag in ("nodes", "gpus_per_node", "gpu_memory", "mfu", "bandwidth"):
             if getattr(args, flag) <= 0:
                 raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
         settings = load_settings(args.config, args.overrides)
         # Imports torch and diffusers, which `--help` and mistakes in the configuration need not wait for.
         from trainer.planner.summary import Cluster, make_plan
 
-        machines = args.nodes, args.gpus_per_node, args.gpu, args.gpu_memory, args.host_memory, args.mfu
+        machines = args.nodes, args.gpus_per_node, args.gpu, args.gpu_memory, args.host_memory, args.mfu, args.bandwidth
         plan = make_plan(settings, Cluster(*machines))
         print(json.dumps(plan, indent=2) if args.json else table(plan))
 

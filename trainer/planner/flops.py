@@ -9,6 +9,7 @@ cost: forward passes of one sample, as `models.profile.pass_flops` measures them
 of activation checkpointing. It takes time, so the plan counts it; it is not work of the model, so MFU does not.
 """
 
+import re
 from typing import TYPE_CHECKING
 
 from trainer.config.schema import RunSettings
@@ -16,8 +17,30 @@ from trainer.config.schema import RunSettings
 if TYPE_CHECKING:  # `disback plan --help` shows PEAK_TFLOPS without importing torch
     from models.profile import PassFlops
 
-# Dense bf16 peaks from the vendors' data sheets, TFLOP/s. A device that is not listed has no MFU.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A40": 149.7, "V100": 125.0}
+# Dense tensor-core peaks of bf16 (V100: of fp16), TFLOP/s, from NVIDIA's data sheets, halved where these count sparsity. PCIe
+# and NVL cards have less than the SXM modules that a bare name stands for.
+PEAK_TFLOPS = {
+    "GH200": 989.0,
+    "H200 NVL": 835.5,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A40": 149.7,
+    "V100-PCIE": 112.0,
+    "V100": 125.0,
+}
+
+
+def card_peak(device: str) -> float | None:
+    """The peak of a device by its name as PyTorch tells it; None for one that is not listed (an A4000 is no A40) and for a
+    part of one (MIG)."""
+    if "MIG" in device:
+        return None
+    known = (peak for model, peak in PEAK_TFLOPS.items() if re.search(rf"(?<!\w){model}(?!\w)", device))
+    return next(known, None)
 
 
 def pretrain_flops(settings: RunSettings, cost: "PassFlops", recompute: bool = False) -> float:

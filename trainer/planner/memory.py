@@ -38,7 +38,8 @@ class Zero(BaseModel):
 class PlannedRole:
     """One role on one of `ranks` GPUs; all sizes in bytes.
 
-    width: bytes per element in the run's precision, 2 or 4. averaged: with an EMA. A frozen role has parameters only.
+    width: bytes per element in the run's precision, 2 or 4. averaged: with an EMA. fp32_gradients:
+    summed over ranks and micro-steps in float32, whatever the precision. A frozen role has parameters only.
     """
 
     network: NetworkMemory
@@ -47,6 +48,7 @@ class PlannedRole:
     width: int
     trained: bool
     averaged: bool = False
+    fp32_gradients: bool = False
 
     @property
     def parameters(self) -> float:
@@ -55,7 +57,7 @@ class PlannedRole:
     @property
     def gradients(self) -> float:
         """From the backward pass to the update; under ZeRO-3 all the time."""
-        return 0 if self._offloads else self.width * self._trainable / (self.ranks if self.zero.stage >= 2 else 1)
+        return 0 if self._offloads else self._sum_width * self._trainable / (self.ranks if self.zero.stage >= 2 else 1)
 
     @property
     def optimizer(self) -> float:
@@ -63,8 +65,8 @@ class PlannedRole:
 
     @property
     def update(self) -> float:
-        """While the optimizer steps: the float32 gradients that Adam reads. A float32 run has them already."""
-        return 0 if self._offloads or self.width == 4 else 4 * self._owned
+        """While the optimizer steps: the float32 gradients that Adam reads, if the gradients are not float32 already."""
+        return 0 if self._offloads or self._sum_width == 4 else 4 * self._owned
 
     @property
     def ema(self) -> float:
@@ -77,17 +79,15 @@ class PlannedRole:
         if not self.trained or not self.zero.stage or not (self.zero.contiguous_gradients or self.zero.stage == 3):
             return 0
         buffers = 2 if self.zero.overlap_comm and self.zero.stage < 3 else 1
-        return buffers * self.zero.reduce_bucket_size * self.width
+        return buffers * self.zero.reduce_bucket_size * self._sum_width
 
     @property
     def gathered(self) -> float:
         """While the role computes: the weights that ZeRO-3 has gathered from other ranks."""
         if self.zero.stage < 3 or self.ranks == 1:
             return 0
-        sizes = self.network.trainable + self.network.frozen
-        small = sum(n for n in sizes if n <= self.zero.stage3_param_persistence_threshold)
         most = self.zero.stage3_max_live_parameters + self.zero.stage3_prefetch_bucket_size
-        return self.width * (small + min(sum(sizes) - small, most))
+        return self.width * (self._kept_whole + min(self.network.parameters - self._kept_whole, most))
 
     @property
     def host(self) -> float:
@@ -129,20 +129,33 @@ class PlannedRole:
     @property
     def forward_traffic(self) -> float:
         """Bytes sent for a forward pass without gradient: ZeRO-3 gathers the weights."""
-        return self._ring * self.width * self.network.parameters if self.zero.stage == 3 else 0
+        return self._ring * self.width * (self.network.parameters - self._kept_whole) if self.zero.stage == 3 else 0
 
-    def update_traffic(self, gathers: int, micro_steps: int) -> float:
+    def update_traffic(self, gathers: float, micro_steps: int) -> float:
         """Bytes sent for one update of the role. gathers: passes per micro-step that gather weights under ZeRO-3.
 
-        Stage 0: one all-reduce. 1: the same volume, as reduce-scatter of gradients and all-gather of new weights. 2: a
-        reduce-scatter per micro-step. 3: that, and an all-gather per pass.
+        In units of the trained weights: an all-reduce sends 2, a reduce-scatter or an all-gather 1. Stage 0 all-reduces
+        the gradients: 2. Stages 1 and 2 all-reduce them too, of which each rank keeps its part, and gather the new
+        weights: stage 1 once, 3; stage 2 reduces in each of m micro-steps, 2 m + 1. Stage 3: per micro-step a
+        reduce-scatter and an all-gather per pass, and per update the weights that stay whole.
         """
-        gradients = self._ring * self.width * self._trainable
-        if self.zero.stage < 2:
-            return 2 * gradients
-        if self.zero.stage == 2:
-            return gradients * (micro_steps + 1)
-        return (gradients + gathers * self.forward_traffic) * micro_steps
+        gradients, weights = (self._ring * width * self._trainable for width in (self._sum_width, self.width))
+        if self.zero.stage == 3:
+            whole = self._ring * self.width * self._kept_whole
+            return (gradients + gathers * self.forward_traffic) * micro_steps + whole
+        reductions = micro_steps if self.zero.stage == 2 else 1
+        return 2 * reductions * gradients + (weights if self.zero.stage else 0)
+
+    @property
+    def _kept_whole(self) -> int:
+        """Elements that ZeRO-3 does not gather at every pass, since their parameters are small."""
+        sizes, most = self.network.trainable + self.network.frozen, self.zero.stage3_param_persistence_threshold
+        return sum(n for n in sizes if n <= most)
+
+    @property
+    def _sum_width(self) -> int:
+        """Bytes per element of the gradients' sums."""
+        return 4 if self.fp32_gradients else self.width
 
     @property
     def _trainable(self) -> int:

@@ -7,15 +7,18 @@ from functools import cached_property
 import torch
 
 from models.architecture import Architecture
-from models.profile import NetworkMemory, PassFlops, head_parameters, network_memory, pass_flops
+from models.profile import NetworkMemory, PassFlops, encoder_parameters, head_parameters, network_memory, pass_flops
 from models.settings import LoraSettings
-from trainer.config.deepspeed import deepspeed_config, micro_batch
+from trainer.config.deepspeed import check_role, check_split, deepspeed_config, micro_batch
 from trainer.config.schema import RunSettings
-from trainer.planner.flops import backtrack_flops, record_flops, sampling_passes
+from trainer.planner.flops import backtrack_flops, record_flops, sampling_passes, training_passes
+from trainer.planner.images import encodes_images, encoding_cost, images_per_call
 from trainer.planner.memory import PlannedRole, Zero
 
 # CUDA context, cuBLAS and cuDNN workspaces, NCCL channels: our round figure for one process on one GPU.
 RUNTIME = 2e9
+# Seconds of Python per parameter tensor that ZeRO-3 adds to a forward and backward pass, see docs/planning.md.
+ZERO3_HOOKS = 0.26e-3
 
 
 def role_network(settings: RunSettings, architecture: Architecture, trained: bool) -> NetworkMemory:
@@ -38,8 +41,8 @@ def network_flops(settings: RunSettings, architecture: Architecture) -> PassFlop
 
 
 class StagePlan:
-    """One stage on one of `ranks` GPUs; sizes in bytes. Raises UserError for a batch that does not divide, ModelError for a
-    network that the GAN head cannot read."""
+    """One stage on one of `ranks` GPUs; sizes in bytes. Raises UserError for a batch that does not divide and for a DeepSpeed
+    configuration with which the stage would not start, ModelError for a network that the GAN head cannot read."""
 
     name: str
     roles: dict[str, PlannedRole]
@@ -65,9 +68,31 @@ class StagePlan:
 
     @property
     def flops(self) -> float:
-        """FLOP executed per average step, recomputation included."""
+        """FLOP of the denoisers per average step, recomputation included."""
         cost, recompute = network_flops(self.settings, self.architecture), self.settings.network.checkpointing
         return self.micro * self.options.accumulation * self.sample_flops(self.settings, cost, recompute)
+
+    @property
+    def image_flops(self) -> float:
+        """FLOP of the autoencoder per step, in float32."""
+        return 0.0
+
+    @property
+    def uses_zero3(self) -> bool:
+        """Whether a role is trained at ZeRO-3."""
+        return any(role.trained and role.zero.stage == 3 for role in self.roles.values())
+
+    def seconds(self, speed: float) -> float:
+        """Of an average step at `speed` bf16 FLOP/s. TF32, in which a GPU computes float32, has half of bf16's peak."""
+        return (self.flops + 2 * self.image_flops) / speed
+
+    def zero3_seconds(self, speed: float, micro: int) -> tuple[float, float]:
+        """What ZeRO-3's Python takes of a forward and backward pass, and the GPU's work in it at `speed` FLOP/s. The pass
+        takes at least the longer of the two."""
+        cost, recompute = network_flops(self.settings, self.architecture), self.settings.network.checkpointing
+        tensors = len(self.trained.trainable) + len(self.trained.frozen)
+        work = micro * training_passes(self.settings, cost, recompute) * cost.forward
+        return ZERO3_HOOKS * tensors, work / speed
 
     @property
     def peak(self) -> tuple[str, float]:
@@ -84,12 +109,16 @@ class StagePlan:
         """Bytes in use while no network computes."""
         return sum(self.fixed.values()) + sum(role.idle for role in self.roles.values())
 
-    def _role(self, network: NetworkMemory, ds_config: str, trained: bool, averaged: bool = False) -> PlannedRole:
-        precision = self.settings.precision
-        config = deepspeed_config(ds_config, self.micro, self.options.accumulation, 0.0, precision, self.ranks)
-        return PlannedRole(
-            network, Zero(**config.get("zero_optimization", {})), self.ranks, self.width, trained, averaged
-        )
+    def _role(
+        self, name: str, network: NetworkMemory, ds_config: str, trained: bool, averaged: bool = False
+    ) -> PlannedRole:
+        """Raises UserError for a DeepSpeed configuration with which the stage would not start."""
+        wanted, precision, accumulation = self.settings.network, self.settings.precision, self.options.accumulation
+        fp32 = trained and wanted.grad_accum_dtype == "fp32"
+        config = deepspeed_config(ds_config, self.micro, accumulation, 0.0, precision, self.ranks, fp32)
+        check_role(name, config, trained, ds_config if wanted.compile else "")
+        zero = Zero(**config["zero_optimization"])
+        return PlannedRole(network, zero, self.ranks, self.width, trained, averaged, fp32)
 
 
 class RecordPlan(StagePlan):
@@ -101,8 +130,8 @@ class RecordPlan(StagePlan):
     @cached_property
     def roles(self) -> dict[str, PlannedRole]:
         return {
-            "generator": self._role(self.frozen, self.options.teacher_ds_config, trained=False),
-            "fake_score": self._role(self.trained, self.options.ds_config, trained=True),
+            "generator": self._role("generator", self.frozen, self.options.teacher_ds_config, trained=False),
+            "fake_score": self._role("fake_score", self.trained, self.options.ds_config, trained=True),
         }
 
     @property
@@ -139,6 +168,11 @@ class BacktrackPlan(StagePlan):
     name = "backtrack"
     sample_flops = staticmethod(backtrack_flops)
 
+    def __init__(self, settings: RunSettings, architecture: Architecture, ranks: int):
+        super().__init__(settings, architecture, ranks)
+        check_split(self.options.generator_split, self.options.batch, self.options.accumulation, ranks)
+        self.encodes = encodes_images(settings)
+
     @cached_property
     def roles(self) -> dict[str, PlannedRole]:
         s, fake = self.options, self.trained
@@ -148,21 +182,34 @@ class BacktrackPlan(StagePlan):
             head = head_parameters(self.architecture.denoiser, shape)
             fake = replace(fake, trainable=fake.trainable + head)
         return {
-            "teacher": self._role(self.frozen, s.teacher_ds_config, trained=False),
-            "generator": self._role(self.trained, s.generator_ds_config, trained=True, averaged=True),
-            "fake_score": self._role(fake, s.fake_score_ds_config, trained=True),
+            "teacher": self._role("teacher", self.frozen, s.teacher_ds_config, trained=False),
+            "generator": self._role("generator", self.trained, s.generator_ds_config, trained=True, averaged=True),
+            "fake_score": self._role("fake_score", fake, s.fake_score_ds_config, trained=True),
         }
 
     @property
     def piece(self) -> int:
         """Samples of a micro-batch that the generator is trained on at once."""
-        return -(-self.micro // self.options.generator_split)
+        return self.micro // self.options.generator_split
+
+    @property
+    def image_flops(self) -> float:
+        """The GAN term's real images, unless the shards are encoded."""
+        if not self.encodes:
+            return 0.0
+        images = self.micro * self.options.accumulation
+        return images * encoding_cost(self.architecture, self.settings.data.resolution).flops
 
     @property
     def activations(self) -> dict[str, float]:
         s, net, piece = self.options, self.trained, self.piece
         doubled = s.guidance_batch and s.guidance_scale != 1
-        return {
+        images = {}
+        if self.encodes:
+            resolution = self.settings.data.resolution
+            peak = encoding_cost(self.architecture, resolution).peak
+            images = {"real images, encoded": images_per_call(resolution, self.micro) * peak}
+        return images | {
             "generator turn, kept": piece * net.saved,
             "generator turn, backward": piece * net.peak,
             "teacher's guided pass": (2 if doubled else 1) * piece * self.frozen.forward_peak,
@@ -183,7 +230,12 @@ class BacktrackPlan(StagePlan):
         during_generator = idle + (fake.passing_gradients if waiting else 0)
         during_fake = idle + (generator.passing_gradients if waiting else 0)
         generator_turn = during_generator + generator.computing
-        return {
+        # Before there is a graph.
+        encoding = idle + ((generator.passing_gradients + fake.passing_gradients) if waiting else 0)
+        images = {}
+        if self.encodes:
+            images = {"fake-score turn: real images": encoding + activations["real images, encoded"]}
+        return images | {
             "generator turn: scores": generator_turn + activations["generator turn, kept"] + scores,
             "generator turn: backward": generator_turn + activations["generator turn, backward"],
             "generator update": during_generator + generator.updating,
@@ -199,18 +251,29 @@ class BacktrackPlan(StagePlan):
         teacher, generator, fake = self.roles.values()
         pieces = s.accumulation * s.generator_split
         target_calls = 1 if s.guidance_batch or s.guidance_scale == 1 else 2
-        scores = target_calls * teacher.forward_traffic + fake.forward_traffic
+        # Passes of the GAN term through the part of the fake score that its head reads, as shares of a whole pass.
+        shared, share = self.settings.gan.shared_pass, self._encoder_share
+        head_passes = (self.gathers - 1 if shared else self.gathers) * share  # the generator's: back to the sample
+        fake_gathers = self.gathers * (1 + (1 if shared else 2) * share)
+        scores = target_calls * teacher.forward_traffic + (1 + head_passes) * fake.forward_traffic
         generator_update = generator.update_traffic(self.gathers, pieces)
         generator_update += pieces * ((sampling - 1) * generator.forward_traffic + scores)
         fresh_samples = 0 if s.reuse_x0 else (s.fake_updates - 1) * s.accumulation
         generator_update += fresh_samples * sampling * generator.forward_traffic
-        return fake.update_traffic(self.gathers, s.accumulation) + generator_update / s.fake_updates
+        return fake.update_traffic(fake_gathers, s.accumulation) + generator_update / s.fake_updates
+
+    @property
+    def _encoder_share(self) -> float:
+        """Share of the fake score's weights that the GAN head's own passes need; 0 without the GAN term."""
+        if not self.settings.gan.enabled:
+            return 0.0
+        return encoder_parameters(self.architecture.denoiser) / self.trained.parameters
 
     @property
     def checkpoint(self) -> float:
-        """Also has the averaged weights as a plain network."""
+        """Also has the weights for evaluation in float32: the averaged ones and, with `save_raw`, those before averaging."""
         engines = self.roles["generator"].checkpoint + self.roles["fake_score"].checkpoint
-        return engines + self.width * self.trained.parameters
+        return engines + (2 if self.options.save_raw else 1) * 4 * sum(self.trained.trainable)
 
 
 PLANS: dict[str, type[StagePlan]] = {"record": RecordPlan, "backtrack": BacktrackPlan}

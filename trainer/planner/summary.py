@@ -4,12 +4,17 @@ Nothing is guessed that can be measured: the networks run on the meta device, wi
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from models.architecture import Architecture, find_architecture
+from models.diffusion import Schedule
+from models.lora import check_target_names
+from models.profile import layer_names
+from models.validate import check_configs, check_sizes
 from trainer.config.schema import RunSettings
 from trainer.errors import UserError
 from trainer.planner.flops import PEAK_TFLOPS, training_passes
-from trainer.planner.search import smallest_change, teacher_advice
+from trainer.planner.search import smallest_change, teacher_advice, zero3_note
 from trainer.planner.stages import PLANS, network_flops, role_network
 
 KINDS = ("parameters", "gradients", "optimizer", "ema", "buckets", "gathered")
@@ -17,7 +22,8 @@ KINDS = ("parameters", "gradients", "optimizer", "ema", "buckets", "gathered")
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind. mfu: the share of their peak that training reaches. host_memory_gb: per node; 0 if unknown."""
+    """GPUs of one kind. mfu: the share of their peak that training reaches. host_memory_gb: per node; 0 if
+    unknown. bandwidth_gb: that a GPU sends to the others per second."""
 
     nodes: int = 1
     gpus_per_node: int = 8
@@ -25,10 +31,16 @@ class Cluster:
     gpu_memory_gb: float = 80.0
     host_memory_gb: float = 0.0
     mfu: float = 0.35
+    bandwidth_gb: float = 25.0
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def speed(self) -> float:
+        """bf16 FLOP/s that training reaches on one GPU."""
+        return PEAK_TFLOPS[self.gpu] * 1e12 * self.mfu
 
 
 def make_plan(settings: RunSettings, cluster: Cluster) -> dict:
@@ -36,7 +48,10 @@ def make_plan(settings: RunSettings, cluster: Cluster) -> dict:
     if cluster.gpu not in PEAK_TFLOPS:
         raise UserError(f"--gpu {cluster.gpu}: unknown; use one of {', '.join(PEAK_TFLOPS)}")
     pipeline = settings.pipeline or str(settings.folder / "pipeline")
+    if (Path(pipeline) / "model_index.json").is_file():
+        check_configs(Path(pipeline))
     architecture = find_architecture(pipeline)
+    _check(settings, architecture)
     stages = {stage: _stage(settings, architecture, cluster, stage) for stage in PLANS}
     return {
         "pipeline": pipeline,
@@ -45,11 +60,21 @@ def make_plan(settings: RunSettings, cluster: Cluster) -> dict:
         "gpu": cluster.gpu,
         "gpu_memory_gb": cluster.gpu_memory_gb,
         "mfu": cluster.mfu,
+        "bandwidth_gb": cluster.bandwidth_gb,
         **_networks(settings, architecture),
         "stages": stages,
         "teacher": teacher_advice(settings, architecture, cluster.ranks, cluster.gpu_memory_gb * 1e9),
         "fits": all(stage["fits"] for stage in stages.values()),
     }
+
+
+def _check(settings: RunSettings, architecture: Architecture) -> None:
+    """Refuses a pipeline that does not fit the settings, as training would. Raises ModelError."""
+    schedule = Schedule.from_config(architecture.scheduler)
+    about = architecture.denoiser, architecture.vae, schedule, settings.data.resolution, settings.student_timesteps
+    check_sizes(architecture.family, *about, architecture.name)
+    if settings.lora.rank:
+        check_target_names(layer_names(architecture.denoiser), settings.lora, architecture.name)
 
 
 def _networks(settings: RunSettings, architecture: Architecture) -> dict:
@@ -85,8 +110,7 @@ def _stage(settings: RunSettings, architecture: Architecture, cluster: Cluster, 
     plan = PLANS[stage](settings, architecture, cluster.ranks)
     limit, (moment, peak) = cluster.gpu_memory_gb * 1e9, plan.peak
     host = plan.host * cluster.gpus_per_node / 1e9
-    flops = plan.flops
-    seconds = flops / 1e12 / (PEAK_TFLOPS[cluster.gpu] * cluster.mfu)
+    seconds = plan.seconds(cluster.speed)
     out = {
         "micro_batch": plan.micro,
         "roles": {
@@ -104,14 +128,17 @@ def _stage(settings: RunSettings, architecture: Architecture, cluster: Cluster, 
         "host_fits": cluster.host_memory_gb == 0 or host <= cluster.host_memory_gb,
         "checkpoint_gb": plan.checkpoint / 1e9,
         "network_gb_per_step": plan.traffic / 1e9,
-        "tflop_per_step": flops / 1e12,
+        "network_seconds": plan.traffic / 1e9 / cluster.bandwidth_gb,
+        "tflop_per_step": (plan.flops + plan.image_flops) / 1e12,
+        "image_tflop_per_step": plan.image_flops / 1e12,
         "step_seconds": seconds,
         "steps": plan.options.steps,
         "days": seconds * plan.options.steps / 86400,
+        "zero3": zero3_note(plan, cluster.speed) if peak > limit or plan.uses_zero3 else None,
     }
     if peak <= limit:
         return out | {"change": None}
-    found = smallest_change(settings, architecture, cluster.ranks, stage, limit)
+    found = smallest_change(settings, architecture, cluster.ranks, stage, limit, cluster.speed)
     if found is None:
         return out | {"change": [], "change_peak_gb": None}
     overrides, better = found

@@ -1,0 +1,57 @@
+"""What the GAN term's real images cost: without encoded shards, the autoencoder encodes them at every fake-score update."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from json import dumps, loads
+
+import torch
+from diffusers import AutoencoderKL
+
+from data.encoded import encoding_of_shards
+from data.errors import DataError
+from data.shard_patterns import expand
+from models.architecture import Architecture
+from models.profile import PeakMemory, count_flops
+from models.sampler import VAE_PIXELS
+from trainer.config.schema import RunSettings
+
+
+@dataclass(frozen=True)
+class EncodingCost:
+    """Of one image: FLOP, and the bytes in use at the peak, without weights; both in float32."""
+
+    flops: float
+    peak: int
+
+
+def encodes_images(settings: RunSettings) -> bool:
+    """Whether backtracking encodes images in its steps: with the GAN term, unless the shards hold latents. Shards that are
+    not there yet count as plain ones."""
+    if not settings.gan.enabled or settings.data.cached == "require":
+        return False
+    if settings.data.cached == "off":
+        return True
+    try:
+        return encoding_of_shards(expand(settings.data.train, "data.train")) is None
+    except DataError:
+        return True
+
+
+def images_per_call(resolution: int, micro: int) -> int:
+    """Images of a micro-batch that the autoencoder encodes at once."""
+    return min(micro, max(1, VAE_PIXELS // resolution**2))
+
+
+def encoding_cost(architecture: Architecture, resolution: int) -> EncodingCost:
+    """Measured on the meta device."""
+    return _measured(dumps(architecture.vae, sort_keys=True), resolution)
+
+
+@lru_cache
+def _measured(config: str, resolution: int) -> EncodingCost:
+    with torch.device("meta"), torch.no_grad():
+        vae = AutoencoderKL.from_config(loads(config))
+        image = torch.empty(1, vae.config.in_channels, resolution, resolution)
+        with PeakMemory(list(vae.parameters())) as memory:
+            vae.encode(image)
+        return EncodingCost(count_flops(lambda: vae.encode(image)), memory.peak)
