@@ -1,4 +1,4 @@
-"""Exponential moving average of weights in float32. Which slices a rank owns: trainer.engine.weight_slices; how a saved average
+"""Exponential moving average of weights in float32. Which weights a rank averages: trainer.engine.masters; how a saved average
 is resharded: trainer.training.state_parts."""
 
 import torch
@@ -6,18 +6,22 @@ from torch import Tensor
 
 
 class Ema:
-    """Averages a list of tensors in place: the slices of the weights that this rank owns, so that the average is
-    sharded over the ranks and costs no communication."""
+    """Averages a list of float32 tensors in place: the master weights that this rank owns, so that the average is sharded
+    over the ranks and costs no communication. device: of the average, if not the tensors' own."""
 
-    def __init__(self, tensors: list[Tensor], decay: float):
+    def __init__(self, tensors: list[Tensor], decay: float, device: torch.device | None = None):
         self.decay = decay
-        self.shadow = [t.detach().float().clone() for t in tensors]
+        self.shadow = [t.detach().to(device or t.device, torch.float32, copy=True) for t in tensors]
 
     @torch.no_grad()
     def update(self, tensors: list[Tensor]) -> None:
         """shadow <- decay * shadow + (1 - decay) * tensors."""
-        live = [t.detach() if t.dtype == torch.float32 else t.detach().float() for t in tensors]
-        torch._foreach_lerp_(self.shadow, live, 1 - self.decay)
+        if all(mine.device == t.device for mine, t in zip(self.shadow, tensors, strict=True)):
+            torch._foreach_lerp_(self.shadow, tensors, 1 - self.decay)
+            return
+        for mine, t in zip(self.shadow, tensors, strict=True):  # one by one: no second copy of all on the device
+            # The host does not wait for the copy. The next update of `t` comes after a backward pass, which does.
+            mine.lerp_(t.to(mine.device, non_blocking=True), 1 - self.decay)
 
     def state_dict(self) -> dict:
         return {"decay": self.decay, "shadow": self.shadow}

@@ -17,6 +17,8 @@ OURS = {
     "fp16": "precision",
     "optimizer": "optimizer",
     "scheduler": "optimizer",
+    "data_types": "network.grad_accum_dtype",
+    "communication_data_type": "network.grad_accum_dtype",
 }
 
 
@@ -33,11 +35,39 @@ def micro_batch(batch: int, accumulation: int, processes: int, where: str) -> in
     return batch // parts
 
 
-def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, precision: str, processes: int) -> dict:
+def check_split(pieces: int, batch: int, accumulation: int, processes: int) -> None:
+    """Raises UserError unless the generator's micro-batch divides into `backtrack.generator_split` pieces."""
+    micro = micro_batch(batch, accumulation, processes, "backtrack")
+    if micro % pieces:
+        fits = ", ".join(str(n) for n in range(1, micro + 1) if micro % n == 0)
+        raise UserError(
+            f"backtrack.generator_split={pieces} does not divide the micro-batch of {micro} (batch {batch} over {processes} "
+            f"processes x {accumulation} accumulation steps): use one of {fits}"
+        )
+
+
+def check_role(name: str, config: dict, trained: bool, compiled: str = "") -> None:
+    """Raises UserError unless a role can run with a `deepspeed_config`. compiled: the configuration's name, if network.compile
+    is on."""
+    stage, within_node = config["zero_optimization"]["stage"], config.get(WITHIN_NODE, False)
+    if not trained and stage not in (0, 3):
+        raise UserError(f"{name}: a frozen role runs at ZeRO stage 0 or 3, not {stage}: use zero0 or teacher")
+    if within_node and (trained or stage != 3):
+        raise UserError(f"{name}: `{WITHIN_NODE}` is for a frozen role at ZeRO stage 3, such as teacher_node")
+    if compiled and stage == 3:
+        raise UserError(
+            f"network.compile=true does not work with ZeRO-3 ({name}: {compiled}), which gathers weights inside the compiled "
+            "blocks: use zero0, zero1 or zero2, or network.compile=false"
+        )
+
+
+def deepspeed_config(
+    name: str, micro: int, accumulation: int, clip: float, precision: str, processes: int, fp32_gradients: bool = False
+) -> dict:
     """A complete DeepSpeed configuration.
 
-    name: a file of `ds_configs/` without its ending, or a path. Raises UserError for a missing or broken file and for
-    a key that belongs to the YAML.
+    name: a file of `ds_configs/` without its ending, or a path. fp32_gradients: sums gradients in float32, whatever the
+    precision. Raises UserError for a missing or broken file and for a key that belongs to the YAML.
     """
     file = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
     try:
@@ -47,7 +77,7 @@ def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, prec
         raise UserError(
             f"DeepSpeed configuration {file} cannot be read ({error.strerror}); known names: {known}"
         ) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"DeepSpeed configuration {file} is not JSON: {error}") from error
     config.pop("comment", None)  # the reasons for the file's values
     for key, owner in OURS.items():
@@ -58,13 +88,24 @@ def deepspeed_config(name: str, micro: int, accumulation: int, clip: float, prec
             f"{file}: zero_hpz_partition_size keeps second copies that a change of weights would not reach: use the "
             f"teacher_node configuration (`{WITHIN_NODE}`) for a frozen role, or remove it"
         )
+    if fp32_gradients and precision == "bf16":
+        if not config.get("zero_optimization", {}).get("stage"):
+            raise UserError(
+                f"network.grad_accum_dtype=fp32 does not work with {name}: at ZeRO-0 DeepSpeed sums bf16 gradients in bf16 "
+                "only: use zero1, zero2 or zero3, or network.grad_accum_dtype=auto"
+            )
+        # The sums over micro-steps, and those over ranks.
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return config | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * processes,
         "gradient_clipping": clip,
-        "bf16": {"enabled": precision == "bf16"},
-        # Ours to log; DeepSpeed's own lines would synchronise the device.
+        # GuardedAdamW skips updates with a NaN or an infinity. DeepSpeed's own check takes 15 kernels per parameter, and the
+        # host waits for it.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
+        # Ours to log and to time; DeepSpeed's own lines and its throughput timer, on by default, synchronise the device.
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
     }

@@ -1,7 +1,7 @@
 """DeepSpeed's internals: all that this trainer reads or changes beyond the public API, in one module.
 
-Tested with DeepSpeed 0.19.8. pyproject.toml bounds the version on both sides, and a test fails outside of them. (One more
-internal, needed when a process starts, is in trainer.distributed.deepspeed_comm, a floor below.)
+Tested with DeepSpeed 0.19.8. pyproject.toml bounds the version on both sides, and a test fails outside of them. (What is
+changed when an engine starts is in trainer.engine.initialize; when a process starts, in trainer.distributed.deepspeed_comm.)
 
 Optimizer states have the same form for every ZeRO stage, in a live engine and in its files: pieces, which are the elements
 [start, end) of a parameter with their master weights and Adam moments.
@@ -23,17 +23,6 @@ from torch import Tensor, nn
 
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_(optim|model)_states\.pt$")
-
-
-def initialize(network: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict) -> DeepSpeedEngine:
-    """The network as an engine; without an optimizer it only runs forward passes."""
-    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
-    # DeepSpeed copies two scripts into every checkpoint; on a full disk rank 0 would raise alone, before a barrier.
-    engine._copy_recovery_script = lambda folder: None
-    if engine.zero_optimization_stage() == 0 and dist.get_world_size() == 1 and not engine.bfloat16_enabled():
-        # DeepSpeed would copy every gradient into a buffer and back: a quarter of a step at 35 M weights.
-        engine.enable_backward_allreduce = False
-    return engine
 
 
 class _FileWriter(TorchCheckpointEngine):
@@ -58,6 +47,12 @@ def measures_norm(engine: DeepSpeedEngine) -> bool:
     """Whether every update measures the gradient norm, for `engine.get_global_grad_norm`. Plain AdamW (ZeRO 0 in float32)
     does not."""
     return hasattr(engine.optimizer, "_global_grad_norm")
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> Tensor | float:
+    """Of the last update, before clipping; infinite if it is not finite, which some of DeepSpeed's optimizers call -1."""
+    norm = engine.get_global_grad_norm()
+    return norm.where(norm >= 0, torch.inf) if isinstance(norm, Tensor) else norm
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.ema import Ema
 from models.lora import adapter_parameters
-from trainer.config.deepspeed import WITHIN_NODE
+from trainer.config.deepspeed import WITHIN_NODE, check_role
 from trainer.config.schema import OptimizerSettings
 from trainer.distributed.logs import log
 from trainer.distributed.world import World, node_group
-from trainer.engine.deepspeed_internals import initialize, measures_norm, write_files_with
+from trainer.engine.deepspeed_internals import gradient_norm, measures_norm, swaps_to_nvme, write_files_with
+from trainer.engine.initialize import initialize
+from trainer.engine.masters import Masters
 from trainer.engine.optimizer import GuardedAdamW
 from trainer.engine.save_weights import Snapshot
 from trainer.engine.weight_slices import Weights, load_folder
-from trainer.errors import UserError
 
 WATCHED = 1 << 16  # weights per role that `update_ratio` looks at
 
@@ -57,11 +57,8 @@ class Role:
         self.stage = config["zero_optimization"]["stage"]
         self.keep_norm = False
         self.last_norm: Tensor | float | None = None
+        check_role(name, config, self.trained)
         within_node, config = config.get(WITHIN_NODE, False), {k: v for k, v in config.items() if k != WITHIN_NODE}
-        if not self.trained and self.stage not in (0, 3):
-            raise UserError(f"{name}: a frozen role runs at ZeRO stage 0 or 3, not {self.stage}: use zero0 or teacher")
-        if within_node and (self.trained or self.stage != 3):
-            raise UserError(f"{name}: `{WITHIN_NODE}` is for a frozen role at ZeRO stage 3, such as teacher_node")
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         began, tensors, masters = time.monotonic(), 0, 0
         if folder is not None:
@@ -79,9 +76,10 @@ class Role:
         self.adam = GuardedAdamW(list(own.values()), optimizer, world) if optimizer else None
         self.engine = initialize(module, self.adam, config)
         self.weights = Weights(own if self.adapter else self.module, world, variant)
-        self._weights_at_line = self._some_weights() if self.trained else None
         if folder is not None and self.trained and not self.adapter and dtype != torch.float32:
             masters = Weights(network, world, variant).load_masters(folder, self.engine)
+        self.masters = Masters(name, self.weights, self.engine) if self.trained else None
+        self._weights_at_line = self._some_weights() if self.trained else None
         if folder is not None:
             note = f", {masters} of them in full precision for the optimizer" if masters else ""
             log.info(f"{name}: {tensors} tensors from {folder} in {time.monotonic() - began:.1f} s{note}")
@@ -96,10 +94,6 @@ class Role:
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
-    def ranges(self) -> list[tuple[int, int]]:
-        """The elements [start, end), counted flat, of each weight that this rank owns; see `local`."""
-        return [(s.start, s.end) for s in self.weights.slices]
-
     def step(self, loss: Tensor, rate: float) -> None:
         """One micro-step: a backward pass and, at the end of an accumulation, an update with learning rate `rate`."""
         for group in self.engine.optimizer.param_groups:
@@ -111,16 +105,17 @@ class Role:
             self.last_norm = torch.nn.utils.get_total_norm(gradients)
         self.engine.step()
         if keep and measures_norm(self.engine):
-            self.last_norm = self.engine.get_global_grad_norm()
+            self.last_norm = gradient_norm(self.engine)
 
     def skipped_updates(self) -> int:
         """Updates skipped by us or by DeepSpeed, since a gradient was not finite. Waits for the device."""
         return int(self.adam.skipped) + self.engine.skipped_steps
 
     def _some_weights(self) -> Tensor:
-        """The first weights of this rank's largest slice: a float32 copy."""
-        largest = max(self.local(), key=lambda t: t.numel())
-        return largest.reshape(-1)[:WATCHED].float().clone()
+        """The first master weights of this rank's largest slice (the network's own if they are on NVMe): a copy."""
+        weights = self.local() if swaps_to_nvme(self.engine) else self.masters.local()
+        largest = max(weights, key=lambda t: t.numel())
+        return largest.reshape(-1)[:WATCHED].to(self.world.device, torch.float32, copy=True)
 
     def update_ratio(self) -> Tensor:
         """|change| / |weights| since the last call, of some of this rank's weights: a scalar on the device. NaN at the first
@@ -148,25 +143,27 @@ class Role:
         return self.weights.local()
 
     @contextmanager
-    def averaged(self, ema: Ema):
-        """Gives the network the averaged weights within the block; then the training weights come back, bit for bit. Every
-        rank must enter it."""
+    def averaged(self, values: list[Tensor]):
+        """Gives the network averaged weights within the block; then the training weights come back, bit for bit. values: an
+        average of `masters.local`. Every rank must enter it."""
         live = [t.clone() for t in self.local()]
-        self.weights.write(ema.shadow)
+        self.masters.layout.write(values)
         try:
             yield self
         finally:
             self.weights.write(live)
 
-    def state_dict(self, ema: Ema | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
-        """A copy of the whole network's (or adapter's) weights, or of their average, in host memory on rank 0; None on the
-        others. Every rank must call it. dtype: default: that of the live weights."""
+    def state_dict(
+        self, masters: list[Tensor] | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor] | None:
+        """A copy of the whole network's (or adapter's) weights in host memory on rank 0; None on the others. Every rank must
+        call it. masters: `masters.local` or an average of it; default: the live weights. dtype: default: theirs."""
         dtype = dtype or self.weights.slices[0].parameter.dtype
-        return self.weights.copy(dtype) if ema is None else self.weights.gather(ema.shadow, dtype)
+        return self.weights.copy(dtype) if masters is None else self.masters.layout.gather(masters, dtype)
 
-    def snapshot(self, ema: Ema | None = None, dtype: torch.dtype | None = None) -> Snapshot | None:
+    def snapshot(self, masters: list[Tensor] | None = None, dtype: torch.dtype | None = None) -> Snapshot | None:
         """The same as something to write: the network's folder, or the adapter's LoRA folder."""
-        state = self.state_dict(ema, dtype)
+        state = self.state_dict(masters, dtype)
         if state is None:
             return None
         if self.adapter:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from models.lora import CONFIG_FILE, adapter_metadata
-from models.pipeline import INFO_FILE, LORA_FILE, WEIGHTS_FILE, replace_folder
+from models.files import ADAPTER_CONFIG, INFO_FILE, LORA_FILE, WEIGHTS_FILE
+from models.lora import adapter_metadata
+from models.pipeline import replace_folder
 from models.tensorfile import write_tensors
 from trainer.distributed.world import World, first_problem
 from trainer.errors import UserError
@@ -40,7 +41,7 @@ class Snapshot:
         """For a LoRA folder (see models.lora). network: carries the adapter. base: sha256 of the weights below it."""
         metadata, config = adapter_metadata(network)
         note = json.dumps({"kind": "lora", "base": base}, indent=2) + "\n"
-        return cls(state, LORA_FILE, metadata, {CONFIG_FILE: config, INFO_FILE: note})
+        return cls(state, LORA_FILE, metadata, {ADAPTER_CONFIG: config, INFO_FILE: note})
 
     def write(self, folder: Path, about: dict | None = None) -> None:
         """Writes the folder, atomically. about: goes into its node.json, with sha256 and bytes of the weights file."""

@@ -1,5 +1,6 @@
 """Weights of networks under DeepSpeed: every rank reads, keeps and averages only the slices that it owns."""
 
+import copy
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,8 @@ from deepspeed.utils import safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from models.errors import ModelError
+from models.files import weight_files
 from models.lora import adapter_parameters, base_key
-from models.pipeline import weight_files
 from models.tensorfile import TensorFile
 from trainer.distributed.world import World
 from trainer.engine.deepspeed_internals import MASTER, Sharder, drop_gathered, live_pieces, shard, sharding
@@ -111,6 +112,12 @@ class Weights:
         parameters = dict(network.named_parameters()) if whole else network
         self.slices = [Slice(key, parameter, world) for key, parameter in parameters.items()]
         self.constants = _constants(network) if whole else {}
+
+    def with_slices(self, slices: list[Slice]) -> "Weights":
+        """The same weights in other slices."""
+        other = copy.copy(self)
+        other.slices = slices
+        return other
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -27,17 +27,20 @@ class StatePart(Protocol):
         """This rank's state, from the states of all ranks of a run with another split or another sharding."""
 
 
-class SkippedSamples:
-    """Counts this rank's skipped samples by reason; the metrics sum over ranks."""
+class SampleCounts:
+    """Counts this rank's skipped samples by reason, and its truncated captions; the metrics sum over ranks."""
+
+    TRUNCATED = "truncated captions"  # their key in a checkpoint; those of earlier versions have none
 
     def __init__(self, world: World):
-        self.world, self.reasons = world, Counter()
+        self.world, self.skipped, self.truncated = world, Counter(), 0
 
     def state_dict(self) -> dict:
-        return dict(self.reasons)
+        return {**self.skipped, self.TRUNCATED: self.truncated}
 
     def load_state_dict(self, state: dict) -> None:
-        self.reasons = Counter(state)
+        self.skipped = Counter(state)
+        self.truncated = self.skipped.pop(self.TRUNCATED, 0)
 
     def regroup(self, states: list[dict], saved: BatchSplit) -> dict:
         total = Counter()
@@ -63,30 +66,31 @@ class RoleWatch:
 
 
 class WeightAverage:
-    """The weight average (EMA) of a role: the slices that this rank owns, in float32, updated without communication."""
+    """The weight average (EMA) of a role: of the float32 master weights that this rank owns, updated without communication.
+    It lies where the network's weights lie, also if the optimizer is offloaded."""
 
     def __init__(self, role: Role, decay: float):
-        self.role, self.ema = role, Ema(role.local(), decay)
+        self.role, self.ema = role, Ema(role.masters.local(), decay, role.local()[0].device)
 
     def update(self) -> None:
-        self.ema.update(self.role.local())
+        self.ema.update(self.role.masters.local())
 
     def applied(self) -> AbstractContextManager:
         """Within the block the network has the averaged weights. Every rank must enter it."""
-        return self.role.averaged(self.ema)
+        return self.role.averaged(self.ema.shadow)
 
-    def snapshot(self, dtype: torch.dtype) -> Snapshot | None:
-        """The averaged weights of the whole network, on rank 0. Every rank must call it."""
-        return self.role.snapshot(self.ema, dtype)
+    def snapshot(self) -> Snapshot | None:
+        """The averaged weights of the whole network in float32, on rank 0. Every rank must call it."""
+        return self.role.snapshot(self.ema.shadow, torch.float32)
 
     def state_dict(self) -> dict:
-        return self.ema.state_dict() | {"ranges": self.role.ranges()}
+        return self.ema.state_dict() | {"ranges": self.role.masters.ranges()}
 
     def load_state_dict(self, state: dict) -> None:
         self.ema.load_state_dict(state)
 
     def regroup(self, states: list[dict], saved: BatchSplit) -> dict:
-        ranges = self.role.ranges()
+        ranges = self.role.masters.ranges()
         flat = reslice([s["shadow"] for s in states], [s["ranges"] for s in states], ranges)
         shadow = [v.view(mine.shape) for v, mine in zip(flat, self.ema.shadow, strict=True)]
         return states[0] | {"shadow": shadow, "ranges": ranges}
