@@ -4,7 +4,8 @@ Such a sample is `{key}.safetensors`, its caption, and its json with the record 
 same for all its samples), and this sample's original_size (h, w) and crop (top, left) in pixels.
 """
 
-import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -12,13 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.errors import DataError
-from data.shard_index import ShardIndex
+from data.shard_index import ShardIndex, first_json, load_index
 
 EXTENSION, RECORD_KEY = "safetensors", "cache"
 # Tensors by what a stage requests. Latents are the VAE posterior's mean and standard deviation, unscaled, [C, h, w].
 # Text is states [L, D] and, in families that have it, pooled text [P].
 TENSORS = {"latents": ("latent_mean", "latent_std"), "text": ("states", "pooled")}
-ENCODING_KEYS = ("resolution", "vae", "text", "precision")
+ENCODING_KEYS = ("resolution", "vae", "text", "precision", "captions")  # captions: where from, if not from .txt
 
 
 def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
@@ -44,14 +45,16 @@ def encoding_of(index: ShardIndex) -> dict | None:
     """How a shard's samples were encoded, from its first sample; None for a shard of plain images. Raises DataError."""
     if EXTENSION not in index.extensions or "json" not in index.extensions:
         return None
-    offsets, sizes = index.locate(["json"])
     try:
-        with index.tar.open("rb") as tar:
-            tar.seek(max(int(offsets[0]), 0))
-            record = json.loads(tar.read(max(int(sizes[0]), 0)) or b"{}").get(RECORD_KEY)
-    except (OSError, ValueError, AttributeError) as error:
+        record = first_json(index).get(RECORD_KEY)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"shard {index.tar}: cannot read its first json ({error}): build the shard again") from error
     return {key: record.get(key) for key in ENCODING_KEYS} if isinstance(record, dict) else None
+
+
+def encoding_of_shards(paths: Sequence[Path]) -> dict | None:
+    """How the first shard that is not empty was encoded; None for plain images. Raises DataError."""
+    return next((encoding_of(index) for index in map(load_index, paths) if len(index)), None)
 
 
 def check_same_encoding(first: ShardIndex, first_encoding: dict | None, other: ShardIndex) -> None:

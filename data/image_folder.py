@@ -1,112 +1,123 @@
 """Shards from a folder of captioned images."""
 
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.captions import Captions, read_captions
 from data.errors import DataError
 from data.shard_writer import write_shards
 
-EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+EXTENSIONS = {f".{name}": name for name in ("png", "jpg", "webp", "gif", "bmp", "tif", "avif")}
+EXTENSIONS |= {".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".tiff": "tif"}
 PREFIX = "images"
 
 
 def build_from_folder(images: Path, captions: Path | None, out: Path, per_shard: int = 1000) -> dict:
-    """Writes images-*.tar into `out` from all images below a folder, with their bytes unchanged.
+    """Writes images-*.tar into `out` from all images below a folder and the folders linked there, with their bytes
+    unchanged.
 
-    An image's caption is its entry in the captions file, by path below the folder or by bare name, or else the .txt
-    next to the image. Returns {"samples": int, "shards": [paths], "rejects": {reason: count}}. Raises DataError if no
-    image is usable or the captions file is malformed, and as write_shards does.
+    An image's caption is its entry in the captions file by its path below the folder, or else the .txt next to it, or
+    else the captions file's entry for its bare name, if no other image has that name. Returns {"samples": int, "shards":
+    [paths], "rejects": {reason: images left out}, "ignored": {what: other files and entries that were not used}}. Raises
+    DataError if no image is usable or the captions file is malformed, and as write_shards does.
     """
     if not images.is_dir():
         raise DataError(f"image folder {images} does not exist: check --images")
-    by_name = read_captions(captions) if captions else {}
-    files = sorted(file for file in images.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    entries = read_captions(captions) if captions else {}
+    ignored: Counter[str] = Counter()
+    files, texts = _find(images, ignored)
+    table = Captions(entries, files)
     rejects: Counter[str] = Counter()
-    shards = write_shards(_samples(files, images, by_name, rejects), out, PREFIX, per_shard)
+    shards = write_shards(_samples(images, files, texts, table, rejects), out, PREFIX, per_shard)
+    stems = {_stem(name) for name in files}
+    ignored[".txt without an image"] += sum(stem not in stems for stem in texts)
+    ignored["entry of the captions file without an image that needs it"] += len(table.unused)
+    ignored = +ignored
     if not shards:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in rejects.items())
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in rejects.items()) or "it has no images"
+        besides = ", ".join(f"{count} x {what}" for what, count in ignored.items())
         raise DataError(
-            f"image folder {images}: none of its {len(files)} images is usable: {reasons or 'it has no images'}: "
+            f"image folder {images}: none of its {len(files)} images is usable: {reasons}"
+            f"{f' (not read: {besides})' if besides else ''}: "
             "put a .txt next to each image, or pass a captions file with --captions"
         )
-    return {"samples": len(files) - rejects.total(), "shards": shards, "rejects": dict(rejects)}
+    return {
+        "samples": len(files) - rejects.total(),
+        "shards": shards,
+        "rejects": dict(rejects),
+        "ignored": dict(ignored),
+    }
 
 
-def _samples(files: list[Path], root: Path, by_name: dict[str, str], rejects: Counter) -> Iterator[dict]:
-    for number, file in enumerate(files):
-        name = file.relative_to(root).as_posix()
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _find(root: Path, ignored: Counter) -> tuple[list[str], dict[str, str]]:
+    """The images below a folder, and the .txt files by their name without extension: sorted paths below the folder.
+
+    Links to folders are followed, except back into a folder that they are in. Hidden files (macOS writes a ._x.png to
+    some file systems) and what has another extension are counted in `ignored`.
+    """
+
+    def fail(error: OSError) -> None:
+        ignored[f"folder that cannot be read ({error.strerror})"] += 1
+
+    images, texts = [], {}
+    inside = {os.fspath(root): {os.path.realpath(root)}}  # by folder: the real folders that it is in
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        around, deeper = inside.pop(folder), []
+        for name in folders:
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path)
+            if name.startswith("."):
+                ignored["hidden folder"] += 1
+            elif real in around:
+                ignored["link back into a folder that it is in"] += 1
+            else:
+                inside[path] = around | {real}
+                deeper.append(name)
+        folders[:] = deeper
+        for name in files:
+            path = Path(folder, name).relative_to(root).as_posix()
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                ignored["hidden file"] += 1
+            elif suffix in EXTENSIONS:
+                images.append(path)
+            elif suffix == ".txt":
+                if path.endswith(".txt") or _stem(path) not in texts:
+                    texts[_stem(path)] = path
+            else:
+                ignored[f"{suffix or 'file without extension'}, no image"] += 1
+    return sorted(images, key=lambda path: path.split("/")), texts
+
+
+def _samples(
+    root: Path, files: list[str], texts: dict[str, str], captions: Captions, rejects: Counter
+) -> Iterator[dict]:
+    for number, name in enumerate(files):
+        file, text = root / name, texts.get(_stem(name))
         try:
-            text = by_name.get(name, by_name.get(file.name))
-            text_file = file.with_suffix(".txt")
-            if text is None and text_file.is_file():
-                text = text_file.read_text(encoding="utf-8")
+            if file.exists() and not file.is_file():
+                raise ValueError("not a file")  # reading a pipe would wait for ever
+            caption = captions.of(name, root / text if text and (root / text).is_file() else None)
             raw = file.read_bytes()
-        except UnicodeDecodeError:
-            rejects["caption is not UTF-8"] += 1
+        except ValueError as reason:
+            rejects[str(reason)] += 1
             continue
         except OSError as error:
             rejects[f"cannot be read ({error.strerror})"] += 1
             continue
-        if not text or not text.strip():
-            rejects["no caption"] += 1
-        elif not raw:
+        if not raw:
             rejects["empty image file"] += 1
         else:
             # Keys are numbers: a file name may contain dots, which end a key, or occur in two folders.
-            extension = EXTENSIONS[file.suffix.lower()]
-            yield {"__key__": f"{number:09d}", extension: raw, "txt": text.strip(), "json": {"file": name}}
-
-
-def read_captions(file: Path) -> dict[str, str]:
-    """Captions by image name, from .json ({name: caption}), .jsonl (one {"file", "caption"} per line) or .tsv (name,
-    tab, caption per line). Raises DataError naming the line."""
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".tsv": _read_tsv}
-    if file.suffix not in readers:
-        raise DataError(
-            f"captions file {file}: unknown format {file.suffix or '(no extension)'}: use {', '.join(readers)}"
-        )
-    try:
-        return readers[file.suffix](file, file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"captions file {file}: {error.strerror}: check --captions") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"captions file {file}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
-
-
-def _read_json(file: Path, text: str) -> dict[str, str]:
-    try:
-        captions = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"captions file {file}, line {error.lineno}: {error.msg}: fix the JSON") from error
-    if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
-        raise DataError(f'captions file {file}: must be a single object {{"name.png": "caption", ...}}')
-    return captions
-
-
-def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _read_jsonl(file: Path, text: str) -> dict[str, str]:
-    captions = {}
-    for number, line in _numbered_lines(text):
-        try:
-            record = json.loads(line)
-            captions[record["file"]] = str(record["caption"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f'captions file {file}, line {number}: must be {{"file": "name.png", "caption": "..."}}'
-            ) from error
-    return captions
-
-
-def _read_tsv(file: Path, text: str) -> dict[str, str]:
-    captions = {}
-    for number, line in _numbered_lines(text):
-        name, tab, caption = line.rstrip("\r").partition("\t")
-        if not tab:
-            raise DataError(f"captions file {file}, line {number}: no tab: write name<TAB>caption")
-        captions[name] = caption
-    return captions
+            yield {
+                "__key__": f"{number:09d}",
+                EXTENSIONS[os.path.splitext(name)[1].lower()]: raw,
+                "txt": caption,
+                "json": {"file": name},
+            }

@@ -64,6 +64,8 @@ class ReferenceImages(Sequence[Tensor]):
             self.places = _in_folder(source)
         else:
             self.places = [place for shard in source for place in _in_shard(shard, image_keys, self.rejected)]
+            if not self.places:
+                raise DataError(f"reference images: no image in the {len(source)} shards: name others")
 
     @cached_property
     def identity(self) -> str:

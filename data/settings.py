@@ -4,27 +4,47 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from data.paths import PathTexts
+
 
 class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """Which samples are read, and how."""
 
-    train: str | list[str] = ""
+    train: PathTexts = ""
     """training shards: a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these"""
-    heldout: str | list[str] = ""
+    heldout: PathTexts = ""
     """held-out shards that evaluation compares with, named in the same ways"""
-    labelled: str | list[str] = ""
+    labelled: PathTexts = ""
     """shards that the classifier of a demo's scores is trained on (default: those of `train`)"""
     resolution: int = Field(1024, ge=8)
     """side of the square training images, in pixels"""
     workers: int = Field(0, ge=0)
     """loader processes per rank; 0 reads in the training process"""
-    image_keys: list[str] = ["png", "jpg", "jpeg", "webp"]
+    image_keys: list[str] = ["png", "jpg", "jpeg", "webp", "jfif", "gif", "bmp", "tif", "tiff", "avif"]
     """file extensions of images; the first that a sample has is read"""
     caption_key: str = "txt"
     """file extension of captions"""
+    caption_field: str = ""
+    """field of each sample's .json that holds its caption (default: captions are files of their own, see `caption_key`)"""
     cached: Literal["auto", "off", "require"] = "auto"
     """encoded shards (`disback shards --encode`): "auto" trains on their latents and text if `train` names such shards,
     "require" refuses to train without everything that the stage can use, "off" reads captions and images only"""
+
+    @property
+    def keys(self) -> dict:
+        """Where a sample's image and caption are, as arguments of ShardDataset."""
+        return {
+            "image_keys": self.image_keys,
+            "caption_key": self.caption_key,
+            "caption_field": self.caption_field,
+        }
+
+    @property
+    def caption_source(self) -> str | None:
+        """Where captions are, for the record of encoded shards; None for .txt."""
+        if self.caption_field:
+            return f"field {self.caption_field}"
+        return None if self.caption_key == "txt" else self.caption_key
 
     @field_validator("cached", mode="before")
     @classmethod

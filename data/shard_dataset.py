@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from data.captions import clean_caption
 from data.encoded import EXTENSION, RECORD_KEY, TENSORS, check_same_encoding, encoding_of, unpack_tensors
 from data.errors import DataError
-from data.images import decode, resize_and_crop
+from data.images import ImageTooLarge, decode, resize_and_crop
 from data.sampling_order import SampleOrder
 from data.settings import DataSettings
-from data.shard_index import load_index, usable_rows
+from data.shard_index import EMPTY, load_index, usable_rows
 
 GIVE_UP = 100  # consecutive unusable samples: then the data set is broken, not a sample
 OPEN_FILES = 128  # shards open at a time per process; the usual limit on open files is 1024
@@ -40,38 +41,71 @@ class ShardDataset(Dataset):
         seed: int = 0,
         image_keys: list[str] = DEFAULTS.image_keys,
         caption_key: str = DEFAULTS.caption_key,
+        caption_field: str = DEFAULTS.caption_field,
     ):
-        """want: what to read: "image", "caption", "meta" and, from encoded samples, "latents" and "text". Raises
-        DataError if a shard cannot be read, has no usable sample, or is encoded differently from the others, and
-        ValueError for an unknown `want`."""
+        """want: what to read: "image", "caption", "meta" and, from encoded samples, "latents" and "text". The other
+        arguments: see DataSettings. Encoded samples have their captions in .txt, whatever these say.
+
+        Empty shards are skipped, and counted in `rejected`. Raises DataError if a shard cannot be read, has samples but no
+        usable one, or is encoded differently from the others, if there is no sample, and ValueError for an unknown
+        `want`."""
         known = ("image", "caption", "meta", *TENSORS)
         if unknown := set(want) - set(known):
             raise ValueError(f"unknown want {sorted(unknown)}: use {', '.join(known)}")
-        self.paths, self.resolution, self.want = [Path(p) for p in paths], resolution, frozenset(want)
-        reads = self.want - TENSORS.keys() | (set() if TENSORS.keys().isdisjoint(want) else {"tensors", "meta"})
-        extensions = {"caption": [caption_key], "image": image_keys, "tensors": [EXTENSION], "meta": ["json"]}
-        required = {what: extensions[what] for what in extensions if what in reads and what != "meta"}
+        if caption_key.lower().rpartition(".")[2] == "json":
+            raise DataError(
+                f"caption key {caption_key!r}: a whole .json is no caption: name its field in data.caption_field "
+                "(--caption-field), and leave the caption key as it was"
+            )
+        self.resolution, self.want = resolution, frozenset(want)
+        self.paths: list[Path] = []
         self.rejected: Counter[str] = Counter()
-        columns: dict[str, list[np.ndarray]] = {what: [] for what in reads}
         self._keys: list[np.ndarray] = []  # one array per shard: one for all would be as wide as the longest key
         first, self.encoding = None, None  # the first shard's index, and how all shards are encoded, if they are
-        for path in self.paths:
-            index = load_index(path)
+        for index in map(load_index, map(Path, paths)):
+            if not len(index):
+                self.rejected[EMPTY] += 1
+                continue
             if first is None:
                 first, self.encoding = index, encoding_of(index)
+                caption = self._caption_extension(caption_key, caption_field)
+                extensions = self._extensions(image_keys, caption)
+                columns: dict[str, list[np.ndarray]] = {what: [] for what in extensions}
+                required = {what: extensions[what] for what in extensions if what != "meta"}
             check_same_encoding(first, self.encoding, index)
-            rows, rejects = usable_rows(index, required)
+            rows, rejects = usable_rows(index, required, (image_keys, [caption]))
             self.rejected += rejects
+            self.paths.append(index.tar)
             self._keys.append(index.keys[rows])
             for what, column in columns.items():
                 column.append(np.stack(index.locate(extensions[what]), axis=1)[rows])
-        if not self._keys:
-            raise DataError("no shards to read: set data.train, or build shards with `disback shards`")
+        if first is None:
+            what = (
+                f"none of the {len(paths)} shards has a sample (the first is {paths[0]})"
+                if paths
+                else "no shards to read"
+            )
+            raise DataError(f"{what}: set data.train, or build shards with `disback shards`")
         self._places = {what: np.concatenate(column) for what, column in columns.items()}  # offset, size: int64 [N, 2]
         self._first = np.cumsum([0] + [len(keys) for keys in self._keys])  # first row of each shard
         self.order = SampleOrder(int(self._first[-1]), seed)
         self._files: dict[int, int] = {}
         self._process = os.getpid()
+
+    def _caption_extension(self, caption_key: str, caption_field: str) -> str:
+        """The file extension that captions are in; sets the field of the .json that they are in."""
+        self._field = "" if self.encoding else caption_field
+        return "json" if self._field else DEFAULTS.caption_key if self.encoding else caption_key
+
+    def _extensions(self, image_keys: list[str], caption: str) -> dict[str, list[str]]:
+        """The file extensions of what is read."""
+        reads = set(self.want - TENSORS.keys())
+        if self.want & TENSORS.keys():
+            reads |= {"tensors", "meta"}
+        if self._field and "caption" in reads:
+            reads |= {"meta"}
+        every = {"caption": [caption], "image": image_keys, "tensors": [EXTENSION], "meta": ["json"]}
+        return {what: every[what] for what in every if what in reads}
 
     def __len__(self) -> int:
         """Number of usable samples: the length of an epoch. Positions may exceed it."""
@@ -116,17 +150,32 @@ class ShardDataset(Dataset):
     def read_text(self, row: int) -> dict:
         """A row's key, caption and meta. Raises SampleError if the sample is broken, DataError if its shard is."""
         try:
-            caption = self._read(row, "caption").decode("utf-8").strip()
             meta = json.loads(self._read(row, "meta") or b"{}")
-        except UnicodeDecodeError as error:
-            raise SampleError("text is not UTF-8") from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError("json does not parse") from error
-        if "caption" in self.want and not caption:
-            raise SampleError("empty caption")
         if not isinstance(meta, dict):
             raise SampleError("json is not an object")
-        return {"key": self.locate(row)[1], "caption": caption, "meta": meta}
+        return {"key": self.locate(row)[1], "caption": self._caption(row, meta), "meta": meta}
+
+    def _caption(self, row: int, meta: dict) -> str:
+        if "caption" not in self.want:
+            return ""
+        if self._field and self._field not in meta:
+            raise SampleError(f"json has no field {self._field!r}")
+        try:
+            return clean_caption(meta[self._field] if self._field else self._read(row, "caption"))
+        except ValueError as reason:
+            raise SampleError(str(reason)) from reason
+
+    def texts(self) -> dict[int, dict]:
+        """`read_text` of every row; broken ones are left out, and counted in `rejected`."""
+        found = {}
+        for row in range(len(self)):
+            try:
+                found[row] = self.read_text(row)
+            except SampleError as reason:
+                self.rejected[str(reason)] += 1
+        return found
 
     def read(self, row: int) -> dict:
         """A row's sample: as `read_text` and, if requested, the image (float32 [3, R, R] in [-1, 1]) or the tensors of
@@ -137,15 +186,20 @@ class ShardDataset(Dataset):
             record = sample["meta"].get(RECORD_KEY)
             try:
                 sample["cached"] = unpack_tensors(self._read(row, "tensors"), self.want)
-                sample["original_size"], sample["crop"] = tuple(record["original_size"]), tuple(record["crop"])
+                for name in ("original_size", "crop"):
+                    height, width = record[name]
+                    sample[name] = int(height), int(width)
             except (ValueError, KeyError, TypeError) as error:
                 raise SampleError("damaged encoded tensors or record") from error
         if "image" in self.want:
+            raw = self._read(row, "image")
             try:
-                image = decode(self._read(row, "image"))
-            except RuntimeError as error:
+                image = decode(raw)
+                sample["image"], sample["crop"] = resize_and_crop(image, self.resolution)
+            except ImageTooLarge as error:
+                raise SampleError("image is too large") from error
+            except Exception as error:  # whatever one image causes must not end a run
                 raise SampleError("image does not decode") from error
-            sample["image"], sample["crop"] = resize_and_crop(image, self.resolution)
             sample["original_size"] = tuple(image.shape[1:])
         return sample
 

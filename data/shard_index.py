@@ -3,6 +3,7 @@
 The index of `x.tar` is stored next to it as `x.tar.index.npz`.
 """
 
+import json
 import os
 import re
 import uuid
@@ -19,6 +20,9 @@ from data.tar_members import members
 VERSION = 1
 # webdataset's convention: the key ends at the first dot of the file name; files without a key or a dot are not samples
 NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+EMPTY = "empty shard"
+DOTTED = "dot in the name (WebDataset ends a sample's key at the first one): rename, or rebuild with --images"
+SHOWN = 12  # file extensions in a message
 
 
 @dataclass(frozen=True)
@@ -118,27 +122,66 @@ def load_index(tar: Path) -> ShardIndex:
     return index
 
 
-def usable_rows(index: ShardIndex, required: dict[str, list[str]]) -> tuple[np.ndarray, Counter]:
-    """Rows int64 [M] of the samples with every required member, and counts of the others by reason.
+def usable_rows(
+    index: ShardIndex, required: dict[str, list[str]], sample: tuple[list[str], list[str]] | None = None
+) -> tuple[np.ndarray, Counter]:
+    """Rows int64 [M] of the samples with every required member, and counts of the others by reason. An empty shard is
+    counted too, as one.
 
-    required: extensions by what they are, for example {"caption": ["txt"]}; one of them must be present. Raises
-    DataError if no sample is left: a whole shard without captions was built wrongly.
+    required: extensions by what they are, for example {"caption": ["txt"]}; one of them must be present. sample: the
+    extensions of images and of captions, by which cat.v2.png and cat.v2.txt are found to be a sample of their own, which
+    the key "cat" hides. Raises DataError if no sample is left: a whole shard without captions was built wrongly.
     """
-    rejects: Counter[str] = Counter()
+    if not len(index):
+        return np.empty(0, np.int64), Counter([EMPTY])
+    hidden = _hidden_samples(index, *sample) if sample else np.zeros(len(index), np.int64)
+    only_hidden = hidden > 0  # rows that are no sample themselves
+    for extensions in sample or ():
+        only_hidden &= index.locate(extensions)[1] <= 0
+    rejects: Counter[str] = Counter({DOTTED: int(hidden.sum())})
     usable = np.ones(len(index), dtype=bool)
     for what, extensions in required.items():
         present = index.locate(extensions)[1] > 0
-        rejects[f"no {what} (.{', .'.join(extensions)})"] += int((usable & ~present).sum())
+        rejects[f"no {what} (.{', .'.join(extensions)})"] += int((usable & ~present & ~only_hidden).sum())
         usable &= present
     rejects = +rejects
     if not usable.any():
-        reasons = "; ".join(f"{count} have {reason}" for reason, count in rejects.items()) or "it has no samples"
-        known = ", ".join(f".{extension}" for extension in index.extensions) or "none"
+        reasons = "; ".join(f"{count} have {reason}" for reason, count in rejects.items())
+        known = ", ".join(f".{extension}" for extension in index.extensions[:SHOWN])
+        more = ", ..." if len(index.extensions) > SHOWN else ""
         raise DataError(
-            f"shard {index.tar}: none of its {len(index)} samples is usable: {reasons}; file extensions in it: {known}: "
-            "set data.caption_key and data.image_keys to match, or build the shard again with `disback shards`"
+            f"shard {index.tar}: none of its {len(index) + int((hidden - only_hidden).sum())} samples is usable: {reasons}; file extensions in it: "
+            f"{known}{more}{_fields(index)}: set data.caption_key or data.caption_field and data.image_keys to match "
+            "(--caption-key, --caption-field, --image-keys), or build the shard again with `disback shards`"
         )
     return np.flatnonzero(usable), rejects
+
+
+def _hidden_samples(index: ShardIndex, image: list[str], caption: list[str]) -> np.ndarray:
+    """How many samples of their own each row hides behind dots in their names: int64 [N]."""
+    count = np.zeros(len(index), np.int64)
+    for middle in {extension.rpartition(".")[0] for extension in index.extensions} - {""}:
+        both = [index.locate([f"{middle}.{end}" for end in ends])[1] > 0 for ends in (image, caption)]
+        count += both[0] & both[1]
+    return count
+
+
+def _fields(index: ShardIndex) -> str:
+    """The fields of a shard's first .json, for a message; empty if it has none."""
+    try:
+        names = [name for name, value in first_json(index).items() if isinstance(value, str)]
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return ""
+    return f" (with the text fields {', '.join(names[:SHOWN])} in the .json)" if names else ""
+
+
+def first_json(index: ShardIndex) -> dict:
+    """The .json of a shard's first sample; empty if it has none. Raises OSError and ValueError, and returns what it finds
+    if that is no object."""
+    offsets, sizes = index.locate(["json"])
+    with index.tar.open("rb") as tar:
+        tar.seek(max(int(offsets[0]), 0))
+        return json.loads(tar.read(max(int(sizes[0]), 0)) or b"{}")
 
 
 def _stamp(tar: Path) -> np.ndarray:

@@ -16,11 +16,14 @@ ADVICE = "copy it again from its source or rebuild it with `disback shards`"
 def members(tar: Path) -> list[tuple[str, int, int]]:
     """(name, data offset, size in bytes) of every file in a tar, in the tar's order.
 
-    Raises DataError if the tar is truncated, has a corrupt header, or has links or sparse files (no bytes to index).
+    A file of no bytes has no members. Raises DataError if the tar is truncated, has a corrupt header, or has links or
+    sparse files (no bytes to index).
     """
     found: list[tuple[str, int, int]] = []
     try:
         total = tar.stat().st_size
+        if not total:
+            return found
         with tarfile.open(tar, "r:") as archive:
             position = 0
             while (member := _next(archive, tar, position, found)) is not None:

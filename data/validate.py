@@ -7,31 +7,32 @@ from pathlib import Path
 from data.errors import DataError
 from data.settings import DataSettings
 from data.shard_dataset import SampleError, ShardDataset
+from data.shard_index import load_index
 
 DEFAULTS = DataSettings()
 
 
-def validate(
-    paths: Sequence[Path],
-    decode: bool = False,
-    image_keys: list[str] = DEFAULTS.image_keys,
-    caption_key: str = DEFAULTS.caption_key,
-) -> dict:
-    """Reads every caption and, with `decode`, every image. A broken shard is reported; the others are still validated.
+def validate(paths: Sequence[Path], decode: bool = False, settings: DataSettings = DEFAULTS) -> dict:
+    """Reads every caption and, with `decode`, every image, as training with these settings would. A broken shard is
+    reported; the others are still validated.
 
     Returns {"shards": count, "samples": usable ones, "rejects": {reason: count}, "bytes": total size,
-    "caption_mean_length": in characters, "broken": {shard: message}}.
+    "caption_mean_length": in characters, "broken": {shard: message}, "empty": [shards without samples]}.
     """
     rejects: Counter[str] = Counter()
     broken: dict[str, str] = {}
+    empty: list[str] = []
     samples = length = size = 0
     for path in paths:
         size += path.stat().st_size if path.exists() else 0
         lengths: list[int] = []
         shard_rejects: Counter[str] = Counter()
         try:
+            if not len(load_index(path)):
+                empty.append(str(path))
+                continue
             # Requests images and captions so that missing ones are counted; image bytes are read only to decode them.
-            dataset = ShardDataset([path], 8, ("image", "caption", "meta"), 0, image_keys, caption_key)
+            dataset = ShardDataset([path], settings.resolution, ("image", "caption", "meta"), 0, **settings.keys)
             shard_rejects += dataset.rejected
             for row in range(len(dataset)):
                 try:
@@ -51,4 +52,5 @@ def validate(
         "bytes": size,
         "caption_mean_length": length / samples if samples else 0.0,
         "broken": broken,
+        "empty": empty,
     }

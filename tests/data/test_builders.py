@@ -1,16 +1,17 @@
-"""Building shards with the writer, from digits and from an image folder; validating shards."""
+"""Building shards with the writer and from digits; validating shards."""
 
 import builtins
-import json
 import os
 import sys
 
 import numpy as np
 import pytest
 
+from data import shard_dataset
 from data.digits import PHRASINGS, WORDS, build_digits, caption
 from data.errors import DataError
-from data.image_folder import build_from_folder
+from data.images import resize_and_crop
+from data.settings import DataSettings
 from data.shard_dataset import ShardDataset
 from data.shard_index import index_file, load_index
 from data.shard_patterns import expand
@@ -147,82 +148,22 @@ def test_digits_without_scikit_learn(tmp_path, monkeypatch):
         build_digits(tmp_path)
 
 
-@pytest.fixture
-def pictures(tmp_path, encode):
-    root = tmp_path / "pictures"
-    (root / "sub").mkdir(parents=True)
-    for i, name in enumerate(["a.png", "b.jpg", "sub/a.JPEG", "sub/v1.2.webp"]):
-        form = {"jpg": "jpeg"}.get(name.rsplit(".")[-1].lower(), name.rsplit(".")[-1].lower())
-        (root / name).write_bytes(encode((i * 50, 0, 0), form=form))
-    return root
-
-
-def by_file(shards):
-    dataset = ShardDataset(shards, 8)
-    return {item["meta"]["file"]: item for item in (dataset[p] for p in range(len(dataset)))}
-
-
-@pytest.mark.parametrize("form", ["json", "jsonl", "tsv"])
-def test_folder_with_a_captions_file(tmp_path, pictures, form):
-    captions = {"a.png": "ä red", "sub/a.JPEG": 'say "hi"', "v1.2.webp": "by bare name"}
-    lines = {
-        "json": json.dumps(captions),
-        "jsonl": "\n".join(json.dumps({"file": f, "caption": c}) for f, c in captions.items()) + "\n\n",
-        "tsv": "\n".join(f"{f}\t{c}" for f, c in captions.items()) + "\n",
-    }
-    file = tmp_path / f"captions.{form}"
-    file.write_text(lines[form], encoding="utf-8")
-    report = build_from_folder(pictures, file, tmp_path / "out", per_shard=2)
-    assert report["samples"] == 3 and report["rejects"] == {"no caption": 1} and len(report["shards"]) == 2
-    items = by_file(report["shards"])
-    assert {f: i["caption"] for f, i in items.items()} == {
-        "a.png": "ä red",
-        "sub/a.JPEG": 'say "hi"',
-        "sub/v1.2.webp": "by bare name",
-    }
-
-
-def test_folder_with_captions_beside(tmp_path, pictures):
-    (pictures / "a.txt").write_text("one")
-    (pictures / "b.txt").write_bytes(b"\xff\xfe")
-    (pictures / "sub" / "v1.2.txt").write_text("two")
-    (pictures / "c.png").touch()
-    (pictures / "c.txt").write_text("empty image")
-    report = build_from_folder(pictures, None, tmp_path / "out")
-    assert report["samples"] == 2
-    assert report["rejects"] == {"caption is not UTF-8": 1, "no caption": 1, "empty image file": 1}
-    tar = report["shards"][0].read_bytes()
-    assert (pictures / "a.png").read_bytes() in tar and (pictures / "sub" / "v1.2.webp").read_bytes() in tar
-
-
-def test_folder_mistakes(tmp_path, pictures):
-    out = tmp_path / "out"
-    with pytest.raises(DataError, match="none of its 4 images is usable: 4 x no caption"):
-        build_from_folder(pictures, None, out)
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        build_from_folder(tmp_path / "nowhere", None, out)
-    for name, text, named in [
-        ("c.jsonl", '{"file": "a", "caption": "b"}\n{"file": "a"}', "line 2"),
-        ("c.tsv", "a\tb\nc", "line 2"),
-        ("c.json", '{"a":\n', "line 2"),
-        ("d.json", "[1]", "single object"),
-        ("c.csv", "a,b", "unknown"),
-    ]:
-        (tmp_path / name).write_text(text)
-        with pytest.raises(DataError, match=f"{name}.*{named}"):
-            build_from_folder(pictures, tmp_path / name, out)
-
-
-def test_validate(shards):
+def test_validate(shards, monkeypatch):
     change = {1: {"txt": None}, 2: {"txt": b"\xff"}, 3: {"png": b"broken"}}
     tars = shards(24, change=change)
     report = validate(tars)
     assert report["samples"] == 22 and report["shards"] == 3 and report["broken"] == {}
-    assert report["rejects"] == {"no caption (.txt)": 1, "text is not UTF-8": 1}
+    assert report["rejects"] == {"no caption (.txt)": 1, "caption is not UTF-8": 1}
     assert report["bytes"] == sum(t.stat().st_size for t in tars)
     assert 2 <= report["caption_mean_length"] <= 3
-    decoded = validate(tars, decode=True)
+    decoded = validate(tars, decode=True, settings=DataSettings(resolution=8))
     assert decoded["samples"] == 21 and decoded["rejects"]["image does not decode"] == 1
+    sides, real = [], resize_and_crop
+    monkeypatch.setattr(shard_dataset, "resize_and_crop", lambda image, side: sides.append(side) or real(image, side))
+    assert validate(tars[2:], True)["samples"] == 4 and sides == [1024] * 4  # the default of a run
+    assert validate(tars, settings=DataSettings(caption_field="row"))["rejects"] == {
+        "caption is a number, not text": 24
+    }
     os.truncate(tars[1], 3000)
     tars[2].unlink()
     report = validate(tars)

@@ -1,11 +1,17 @@
 """Images decode to what a viewer shows."""
 
+import io
+import resource
+import struct
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
-from data.images import decode, resize_and_crop
+from data.images import ImageTooLarge, decode, resize_and_crop
 
 
 def test_exif_orientation(encode):
@@ -42,6 +48,67 @@ def test_kinds_of_files(encode):
         assert (image[:, 4, 4].int() - torch.tensor(colour)).abs().max() <= 3, (name, image[:, 4, 4])
 
 
+def viewed(raw) -> torch.Tensor:
+    """What a viewer shows on white: the first frame, upright."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw))).convert("RGBA")
+    shown = Image.new("RGBA", image.size, "white")
+    shown.alpha_composite(image)
+    return torch.from_numpy(np.array(shown.convert("RGB"))).permute(2, 0, 1)
+
+
+def test_all_formats_as_a_viewer_shows_them(encode):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 4, (6, 10, 3), dtype=np.uint8) * 85
+    colour, frames = Image.fromarray(pixels), {"save_all": True, "append_images": [Image.new("RGB", (10, 6))]}
+    grey, bits, palette = colour.convert("L"), colour.convert("1"), colour.quantize(4)
+    clear = colour.copy()
+    clear.putalpha(Image.fromarray(rng.integers(0, 256, (6, 10), dtype=np.uint8)))
+    cases = {
+        "grey with a transparent one": encode(image=grey, transparency=int(np.array(grey)[0, 0])),
+        "colour with a transparent one": encode(image=colour, transparency=tuple(pixels[0, 0].tolist())),
+        "black and white, white transparent": encode(image=bits, transparency=255),
+        "palette of 2 bits": encode(image=palette, bits=2, transparency=bytes([0, 128, 255])),
+        "bmp": encode(image=colour, form="bmp"),
+        "tiff, cmyk": encode(image=colour.convert("CMYK"), form="tiff"),
+        "tiff, alpha": encode(image=clear, form="tiff"),
+        "gif, transparent": encode(image=palette, form="gif", transparency=1),
+        "avif, alpha": encode(image=clear, form="avif", quality=100),
+        "webp, damaged exif": encode(image=colour, form="webp", lossless=True, exif=b"no exif"),
+    }
+    for form, more in (
+        ("gif", {}),
+        ("webp", {"lossless": True}),
+        ("png", {}),
+        ("avif", {"quality": 100}),
+        ("tiff", {}),
+    ):
+        cases[f"{form}, animated"] = encode(image=colour, form=form, **frames, **more)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for form in ("webp", "png", "tiff"):
+            more = {"lossless": True} if form == "webp" else {}
+            cases[f"{form}, {orientation}"] = encode(image=clear, form=form, exif=exif.tobytes(), **more)
+    for name, raw in cases.items():
+        wanted = torch.from_numpy(pixels).permute(2, 0, 1) if "damaged" in name else viewed(raw)
+        assert (decode(raw).int() - wanted.int()).abs().max() <= 1, name
+    deep = np.full((4, 4), 70 * 257, np.uint16)
+    deep[0] = 1000
+    assert decode(encode(image=Image.fromarray(deep), transparency=1000))[0, :, 0].tolist() == [255, 70, 70, 70]
+    assert decode(encode(image=Image.fromarray(deep), form="tiff"))[0, :, 0].tolist() == [3, 70, 70, 70]
+
+
+def test_images_that_are_too_large_are_refused_before_they_are_decoded(encode):
+    raw = bytearray(encode(form="jpeg"))
+    at = raw.find(b"\xff\xc0")
+    raw[at + 5 : at + 9] = b"\xff" * 4
+    png = bytearray(encode())
+    png[16:24] = struct.pack(">II", 60_000, 60_000)
+    for large in (raw, png):
+        with pytest.raises(ImageTooLarge):
+            decode(bytes(large))
+
+
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
 def test_broken_files_raise(encode, form):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -67,3 +134,41 @@ def test_resizing_is_pillows():
     assert corner == (4, 0)
     difference = (square + 1) * 127.5 - torch.from_numpy(wanted.copy()).permute(2, 0, 1)
     assert difference.abs().max() <= 1.01
+
+
+def whole(image, resolution):
+    """Enlarged as a whole, then cropped."""
+    height, width = image.shape[1:]
+    scale = resolution / min(height, width)
+    size = [max(round(height * scale), resolution), max(round(width * scale), resolution)]
+    large = resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    return large[:, top : top + resolution, left : left + resolution], (top, left)
+
+
+def test_a_long_image_is_cropped_before_it_is_enlarged():
+    """The result is the same: to the bit where a source pixel becomes a whole number of pixels."""
+    rng = np.random.default_rng(0)
+    for short, long, resolution in [
+        (1, 333, 24),
+        (2, 100, 24),
+        (3, 101, 24),
+        (5, 200, 16),
+        (7, 600, 24),
+        (20, 30, 24),
+        (30, 600, 24),
+    ]:
+        for shape in ((3, short, long), (3, long, short)):
+            image = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+            square, corner = resize_and_crop(image, resolution)
+            wanted, wanted_corner = whole(image, resolution)
+            assert corner == wanted_corner and square.shape == (3, resolution, resolution)
+            difference = ((square + 1) * 127.5 - wanted).abs().max()
+            assert difference < (0.01 if resolution % short == 0 or long <= 16 * short else 2.01), (shape, difference)
+
+
+def test_a_line_of_pixels_needs_no_gigabytes():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    square, corner = resize_and_crop(torch.full((3, 1, 6000), 9, dtype=torch.uint8), 1024)
+    assert (square == 9 / 127.5 - 1).all() and corner == (0, (6_144_000 - 1024) // 2)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB

@@ -137,7 +137,7 @@ def test_workers_change_nothing(shards):
         assert torch.equal(a.original_sizes, b.original_sizes) and torch.equal(a.crops, b.crops)
         skipped.update(a.skipped)
     # 10 batches of 4 are two epochs: both samples come up at least twice, more often if one follows the other
-    assert skipped["image does not decode"] >= 2 and skipped["text is not UTF-8"] >= 2
+    assert skipped["image does not decode"] >= 2 and skipped["caption is not UTF-8"] >= 2
     alone.close()
     helped.close()
 

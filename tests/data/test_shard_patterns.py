@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from data.errors import DataError
 from data.settings import DataSettings
-from data.shard_patterns import expand
+from data.shard_patterns import expand, not_read
 
 
 @pytest.fixture
@@ -21,6 +21,16 @@ def test_forms(folder):
     assert expand(f"{folder}/a-*.tar") == a
     assert expand(f"{folder}/a-{{000..001}}.tar") == a
     assert expand([f"{folder}/b-*.tar", str(folder), f"{folder}/a-000.tar"]) == a + b  # sorted, each once
+
+
+def test_what_is_no_shard_is_told(folder):
+    before = expand(str(folder))
+    for name in ("._a-000.tar", "c.tar.gz", "d.TGZ"):
+        (folder / name).touch()
+    (folder / "E.TAR").touch()
+    assert expand(str(folder)) == sorted([*before, folder / "E.TAR"])
+    assert not_read(str(folder)) == {"hidden .tar file": 1, "compressed tar": 2}
+    assert not not_read(f"{folder}/a-*.tar")
 
 
 @pytest.mark.parametrize(

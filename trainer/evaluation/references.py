@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from data.prompts import Prompt, read_prompts
 from data.reference_images import ReferenceImages, is_legacy, read_statistics
-from data.shard_dataset import ShardDataset
+from data.shard_dataset import SampleError, ShardDataset
 from data.shard_patterns import expand
 from models.image_metrics import Moments, PixelComponents, Statistics
+from trainer.distributed.logs import log
 from trainer.distributed.world import World, from_main, sum_over_ranks
 from trainer.errors import UserError
 from trainer.evaluation.classifier import to_bytes
@@ -87,27 +89,44 @@ def moments_of(rows: Rows, block: str, world: World) -> Moments:
     return Moments(sum_over_ranks(total.stack, world), total.size)
 
 
-def heldout(run: Run) -> ShardDataset:
+def heldout(run: Run) -> tuple[ShardDataset, dict[int, dict]]:
+    """The held-out samples, and the captions and .json of the usable ones by row."""
     if not run.settings.data.heldout:
         raise UserError(
             "data.heldout is empty: name held-out shards, or set evaluate.prompts and evaluate.reference to captions and "
             "real images"
         )
-    return run.dataset("heldout", ("image", "caption", "meta"))
+    dataset = run.dataset("heldout", ("image", "caption", "meta"))
+    texts = dataset.texts()
+    if not texts:
+        raise DataError(f"data.heldout has no usable sample ({dict(dataset.rejected)}): name other shards")
+    if dataset.rejected and run.world.main:
+        log.warning(f"skips samples of data.heldout: {dict(dataset.rejected)}")
+    return dataset, texts
 
 
 def heldout_images(run: Run) -> RealImages:
     """The held-out shards, cropped and resized as for training."""
-    dataset = heldout(run)
-    metas = [dataset.read_text(row)["meta"] for row in range(len(dataset))]
+    dataset, texts = heldout(run)
+    rows, metas = list(texts), [text["meta"] for text in texts.values()]
     credits = sorted({str(meta["credit"]) for meta in metas if meta.get("credit")})
     return RealImages(
         str(run.settings.data.heldout),
         f"{ReferenceImages(dataset.paths, image_keys=run.settings.data.image_keys).identity} at {dataset.resolution}",
-        len(dataset),
-        lambda row: to_bytes(dataset.read(row)["image"]),
+        len(rows),
+        lambda number: to_bytes(_read(dataset, rows[number])["image"]),
         "; ".join(credits[:3]) or None,
     )
+
+
+def _read(dataset: ShardDataset, row: int) -> dict:
+    try:
+        return dataset.read(row)
+    except SampleError as reason:
+        shard, key = dataset.locate(row)
+        raise DataError(
+            f"data.heldout: shard {shard}, key {key}: {reason}: remove this sample, or repair it"
+        ) from reason
 
 
 def find_reference(run: Run, protocol: Protocol) -> RealImages | RealStatistics:
@@ -120,7 +139,7 @@ def find_reference(run: Run, protocol: Protocol) -> RealImages | RealStatistics:
             f"protocol {protocol.name} compares with real images: set evaluate.reference to their folder ({protocol.about})"
         )
     if where.endswith(".npz"):
-        file = Path(where).expanduser()
+        file = Path(where)
         if protocol.reference == "folder":
             raise UserError(
                 f"{file}: protocol {protocol.name} has no statistics file: name the folder of its real images"
@@ -132,7 +151,7 @@ def find_reference(run: Run, protocol: Protocol) -> RealImages | RealStatistics:
             )
         mean, covariance = read_statistics(file)
         return RealStatistics(where, f"{file.name} {file_hash(file)}", Statistics(mean, covariance))
-    folder = Path(where).expanduser()
+    folder = Path(where)
     shards = None if folder.is_dir() and not any(folder.glob("*.tar")) else expand(where, "evaluate.reference")
     # One rank looks at the files: tens of thousands, for COCO.
     images = from_main(_images(shards or folder, run) if run.world.main else None, run.world)
@@ -149,11 +168,10 @@ def find_prompts(run: Run, protocol: Protocol) -> list[Prompt]:
     """The prompts of `evaluate.prompts`, or the held-out captions with their .json. Raises UserError and DataError."""
     settings = run.settings.evaluate
     if settings.prompts:
-        return read_prompts(Path(settings.prompts).expanduser(), settings.prompt_key)
+        return read_prompts(Path(settings.prompts), settings.prompt_key)
     if protocol.reference == "folder":
         raise UserError(
             f"protocol {protocol.name} has prompts of its own: set evaluate.prompts to them ({protocol.about})"
         )
-    dataset = heldout(run)
-    samples = [dataset.read_text(row) for row in range(len(dataset))]
-    return [Prompt(sample["caption"], f"{row:05d}", sample["meta"]) for row, sample in enumerate(samples)]
+    _, texts = heldout(run)
+    return [Prompt(text["caption"], f"{row:05d}", text["meta"]) for row, text in texts.items()]
