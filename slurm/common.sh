@@ -73,7 +73,8 @@ choose_tasks() {
     ((CPUS > 0)) || CPUS=1
 }
 
-# Runs a job step: every task runs slurm/task.sh on its node, inside the container if there is one.
+# Runs a job step: every task runs slurm/task.sh on its node, inside the container if there is one. Ranks fill one socket after
+# the other, as GPUs are numbered: by default srun deals tasks to the sockets in turn, half of them far from their GPU.
 step() { # tasks-per-node cpus-per-task nodes mode arguments...
     local per_node=$1 cpus=$2 nodes=$3
     local -a flags inside=()
@@ -87,7 +88,7 @@ step() { # tasks-per-node cpus-per-task nodes mode arguments...
         esac
     fi
     exec srun --overlap --mpi=none --nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" \
-        --cpus-per-task="$cpus" --cpu-bind=cores --kill-on-bad-exit=1 "${flags[@]}" \
+        --distribution=block:block --cpus-per-task="$cpus" --cpu-bind=cores --kill-on-bad-exit=1 "${flags[@]}" \
         "${inside[@]}" bash "$DISBACK_HOME/slurm/task.sh" "$@"
 }
 
@@ -237,6 +238,8 @@ run_job() { # verb arguments...
     choose_tasks
     CHAIN=${DISBACK_CHAIN:-$SLURM_JOB_ID}
     export PYTHONUNBUFFERED=1 DISBACK_HOME OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS < 8 ? CPUS : 8))}"
+    # Without it, blocks of many sizes leave the GPU's memory in pieces. Either name sets it.
+    [ -n "${PYTORCH_ALLOC_CONF:-}" ] || export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"
     read_progress "$@" || give_up $MISTAKE "$PROBLEM"
     folder=$RUN/slurm/$CHAIN
     [[ $folder == /* ]] || folder=$PWD/$folder

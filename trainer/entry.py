@@ -8,6 +8,7 @@ import argparse
 import errno
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data.errors import DataError
+from data.paths import expanded
 from models.errors import ModelError
 from trainer.config.load import load_settings
 from trainer.config.schema import RunSettings
+from trainer.distributed.group import set_environment, started_by_srun, this_rank
 from trainer.distributed.job import write_exit_status
+from trainer.distributed.launchers import end_with_launcher
 from trainer.distributed.logs import no_progress_bars
 from trainer.errors import NodeTrouble, RankError, Stopped, UserError
 
@@ -37,8 +41,35 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def pattern_argument(text: str) -> str:
+    """The type of arguments that are patterns of paths. A shell expands the ~ of `--out ~/x`, but not that of `--out=~/x`."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path_argument(text: str) -> Path:
+    """The type of arguments that are paths."""
+    return Path(pattern_argument(text))
+
+
+def spare_home() -> None:
+    """Where HOME cannot be written, gives the libraries that keep something there a temporary folder. The hub's cache stays
+    where it is, since it may be read there."""
+    try:
+        if os.access(Path.home(), os.W_OK):
+            return
+    except RuntimeError:  # there is no HOME
+        pass
+    folder = Path(tempfile.gettempdir(), f"disback-{os.getuid()}")
+    for name in ("MPLCONFIGDIR", "TRITON_CACHE_DIR"):
+        os.environ.setdefault(name, str(folder / name.lower()))
+
+
 def guarded(action: Callable[[], None], debug: bool) -> int:
     """Runs an action; turns an exception into an exit code and one message on stderr."""
+    spare_home()
     try:
         action()
         return 0
@@ -46,18 +77,20 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         # Every process finds the same mistake: rank 0 reports it. What only one process met, that process reports.
-        rank, code = int(os.environ.get("RANK", "0")), USER_MISTAKE
+        rank, code = this_rank(), USER_MISTAKE
         speaks = rank == 0 or isinstance(error, DataError | RankError)
         if isinstance(error, NodeTrouble):
             code, speaks = FAILED, error.speaks
         elif (getattr(error, "errno", None) or getattr(error.__cause__, "errno", None)) in TRANSIENT:
             code = FAILED
+        message = f"{f'rank {rank}: ' if rank and code == USER_MISTAKE else ''}{error}"
         if speaks:
-            message = f"{f'rank {rank}: ' if rank and code == USER_MISTAKE else ''}{error}"
             write_exit_status(code, message)
-            print(f"disback: {message}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # the launcher kills all processes when the first one exits: give rank 0 time to report
+        # Still here: there may be no rank 0, but variables of another job. (srun does not kill them by itself.)
+        if speaks or (code == USER_MISTAKE and not started_by_srun()):
+            print(f"disback: {message}", file=sys.stderr, flush=True)
         return code
     except Stopped as stop:
         write_exit_status(STOPPED, str(stop))
@@ -75,7 +108,7 @@ def _load(
     verb: str, about: str, argv: list[str], flags: dict[str, tuple[str, str]]
 ) -> tuple[RunSettings, argparse.Namespace]:
     parser = Parser(prog=f"disback {verb}", description=about)
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE.yaml")
+    parser.add_argument("--config", required=True, type=path_argument, metavar="FILE.yaml")
     parser.add_argument("--fresh", action="store_true", help="refuse to resume: the run folder must have no checkpoint")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
@@ -115,6 +148,8 @@ def run_verb(
     argv = sys.argv[1:] if argv is None else argv
 
     def go() -> None:
+        set_environment()
+        end_with_launcher()
         settings, args = _load(verb, about, argv, flags or {})
         from trainer.distributed.world import seed_everything, start
         from trainer.training.run import Run

@@ -9,8 +9,9 @@ import time
 import pytest
 import support
 
+from trainer.distributed.interface import interface_toward
 from trainer.distributed.job import write_exit_status
-from trainer.distributed.rendezvous import interface_toward, join_process_group
+from trainer.distributed.rendezvous import join_process_group
 from trainer.errors import UserError
 
 # One rank, without DeepSpeed, which is slow to import: all that is asked of it is the accelerator's name.
@@ -63,7 +64,10 @@ def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = (
 
 def test_a_rank_that_never_comes(tmp_path):
     (said,) = ranks(tmp_path, 2, 0, seconds=5)
-    assert said == "NodeTrouble True rank 1 (node node1) did not answer within 5 s of the start\n"
+    assert said == (
+        "NodeTrouble True rank 1 (node node1) did not answer within 5 s of the start (`unset RANK LOCAL_RANK WORLD_SIZE` "
+        "runs one process)\n"
+    )
     assert (tmp_path / "bad-nodes").read_text() == "node1\n"
 
 

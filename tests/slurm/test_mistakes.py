@@ -15,7 +15,8 @@ def jobs(site) -> dict[str, str]:
     """All mistakes, submitted at once: the jobs are independent of each other."""
     # On one of the two nodes, a Python with YAML but without DeepSpeed.
     base = f"{sys.base_prefix}/bin/python3.{sys.version_info.minor}"
-    bare = site.wrapper("bare", f'[ "$SLURMD_NODENAME" = n1 ] && exec {base} -I "$@"')
+    told = f'echo "$SLURM_DISTRIBUTION $PYTORCH_CUDA_ALLOC_CONF" >>{site.folder}/environment'
+    bare = site.wrapper("bare", f'{told}\n[ "$SLURMD_NODENAME" = n1 ] && exec {base} -I "$@"')
     taken = socket.socket()
     taken.bind(("127.0.0.1", PORT))
     taken.listen()
@@ -58,6 +59,11 @@ def test_the_last_line_names_the_mistake(site, jobs, what, words):
     assert "Traceback" not in log and "terminate called" not in log, log
     about = site.cluster.show(jobs[what])
     assert about["ExitCode"] == "2:0" and about["Restarts"] == "0"
+
+
+def test_ranks_fill_the_sockets_and_memory_grows_in_segments(site, jobs):
+    """What every task of the job without DeepSpeed saw."""
+    assert set((site.folder / "environment").read_text().splitlines()) == {"block:block expandable_segments:True"}
 
 
 @pytest.mark.parametrize("signal, code", [("TERM", 143), ("KILL", 137), ("SEGV", 2)])

@@ -1,11 +1,15 @@
 """YAML and dotted overrides to typed settings; messages that name file, key and remedy."""
 
 import difflib
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from data.paths import expanded
+from trainer.config import yaml_values
 from trainer.config.schema import RunSettings
 from trainer.errors import UserError
 
@@ -13,10 +17,37 @@ from trainer.errors import UserError
 def load_settings(file: Path, overrides: list[str]) -> RunSettings:
     """Settings from a YAML file with `key.sub=value` overrides (values are YAML). Raises UserError."""
     values = read_values(file, overrides)
+    if problems := list(_no_numbers(RunSettings, values)):
+        raise UserError(f"{file}: " + "; ".join(problems))
     try:
         return RunSettings.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{file}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _no_numbers(model: type[BaseModel], values: dict, prefix: str = "") -> Iterator[str]:
+    """What is wrong with values that pydantic would take as numbers, though YAML means something else by them."""
+    for name, value in values.items():
+        kind = model.model_fields[name].annotation if name in model.model_fields else None
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _no_numbers(kind, value, f"{prefix}{name}.") if isinstance(value, dict) else ()
+            continue
+        kinds = set(_plain_types(kind))
+        for each in (
+            (value if isinstance(value, list) else [value]) if kinds & {int, float} and str not in kinds else ()
+        ):
+            if isinstance(each, bool):
+                what = "YAML reads yes, no, on and off as true and false"
+                yield f"key '{prefix}{name}': a number is expected, got {str(each).lower()} ({what})"
+            elif isinstance(each, str) and re.match(r"[-+]?0[0-9_]", each):
+                yield f"key '{prefix}{name}': {each} is octal to some readers of YAML: write it without the leading 0"
+
+
+def _plain_types(annotation: object) -> Iterator[object]:
+    """The types that a field's annotation is built of: int and NoneType of `int | None`."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _plain_types(part)
 
 
 def _model_at(location: tuple) -> type[BaseModel]:
@@ -68,17 +99,15 @@ def read_values(file: Path, overrides: list[str]) -> dict:
 
 def _read(file: Path, seen: tuple[Path, ...] = ()) -> dict:
     """A YAML mapping, laid over the file that its `extends` names (relative to it), if any."""
-    try:
-        values = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"--config {file}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from error
+    values = yaml_values.read(file)
     if not isinstance(values, dict):
         raise UserError(f"--config {file}: a mapping of settings is expected, such as `run: runs/name`")
     if "extends" not in values:
         return values
-    base = file.parent / str(values.pop("extends"))
+    try:
+        base = file.parent / expanded(str(values.pop("extends")))
+    except ValueError as error:
+        raise UserError(f"--config {file}: extends: {error}") from error
     if base.resolve() in seen:
         raise UserError(f"--config {file}: `extends` goes in a circle")
     return _over(_read(base, (*seen, file.resolve())), values)
@@ -104,6 +133,6 @@ def _override(values: dict, text: str) -> None:
             raise UserError(f"override {text}: {parent} is a value, not a section")
         values = inner
     try:
-        values[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text}: the value is not YAML") from error
+        values[last] = yaml_values.parse(value)
+    except ValueError as error:
+        raise UserError(f"override {text}: the value is not YAML: {error}") from error

@@ -1,7 +1,6 @@
 """Verbs as child processes: started under a launcher, asked to save before they stop; none is left running."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -9,51 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Self
-
-from trainer.errors import UserError
 
 STOP_SECONDS = 120.0  # for the ranks to save and stop before they are killed
 ASK_SECONDS = 15.0  # a training that is just ending misses the signal, and the next one in its process needs another
 # For few cores: one thread per process that sleeps while it waits is several times faster than many that spin.
 DEFAULTS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-@contextlib.contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
-    """Holds a lock file. Waits if its holder was killed and only the processes that end its children are left; raises
-    UserError if the holder lives."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("a+")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read()
-            if _lives(holder):
-                raise UserError(f"{what} is still running in {file.parent} (process {holder})") from error
-            print(f"{what} was killed in {file.parent}: waiting until its processes have stopped", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
-def _lives(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, PermissionError):  # its number is not written yet; another user's
-        pass
-    return True
 
 
 def command(verb: str, arguments: list[str], processes: int, launcher: str) -> list[str]:

@@ -6,11 +6,9 @@ instead of hanging a collective for half an hour.
 """
 
 import datetime
-import fcntl
 import json
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -19,60 +17,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from trainer.distributed.group import ALONE, seconds, set_environment
+from trainer.distributed.interface import choose_interface
 from trainer.distributed.job import node_name, report_bad_nodes, write_exit_status
 from trainer.errors import NodeTrouble, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+PATIENCE_SECONDS = 30.0  # before rank 0 says for whom it waits
 START_SECONDS = 600.0  # 64 nodes that import torch from one file system at the same time are slow, not dead
-SIOCGIFADDR = 0x8915  # linux/sockios.h: get an interface's address
-
-
-def set_environment() -> None:
-    """Sets the five variables of torch.distributed, unless a launcher did: from srun's, or for a single process."""
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in env:
-                raise UserError(
-                    f"srun starts {env['WORLD_SIZE']} tasks but {name} is not set: export it in the job script, or use the "
-                    "scripts of slurm/"
-                )
-    if "RANK" not in env:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
-def interface_toward(peer: str) -> str | None:
-    """Name of the network interface that routes to another node, or None if unknown."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((peer, 9))  # UDP: sends nothing, only selects the route
-        except OSError:
-            return None
-        own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue  # has no address
-            if socket.inet_ntoa(answer[20:24]) == own:
-                return name
-    return None
-
-
-def choose_interface() -> None:
-    """Makes gloo and NCCL use the interface that routes to the other nodes, unless the user chose one. By default they take
-    the first one that is up, on many clusters a management network or a container bridge."""
-    peers = os.environ.get("DISBACK_PEERS", "").split()
-    if len(peers) < 2:
-        return
-    name = interface_toward(peers[1] if os.environ.get("SLURM_NODEID", "0") == "0" else peers[0])
-    if name:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": exact name, not a prefix
 
 
 def find_device(accelerator) -> tuple[torch.device, str, str]:
@@ -154,14 +106,19 @@ class Verdict:
 
 def _roll_call(store: dist.Store, size: int, limit: float) -> Verdict:
     """Rank 0: waits for all ranks and prints one line per node."""
-    deadline = time.monotonic() + limit
+    began, told = time.monotonic(), False
     keys = [f"rank/{rank}" for rank in range(size)]
-    while not store.check(keys) and time.monotonic() < deadline:
+    while not store.check(keys) and time.monotonic() < began + limit:
+        if not told and time.monotonic() > began + PATIENCE_SECONDS:
+            told = True
+            who, _ = _missing([rank for rank, key in enumerate(keys) if not store.check([key])], size)
+            print(f"waiting up to {limit:.0f} s for {who}; {ALONE}", file=sys.stderr, flush=True)
         time.sleep(0.1)
     absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
     if absent:
         who, nodes = _missing(absent, size)
-        return Verdict(f"{who} did not answer within {limit:.0f} s of the start", tuple(nodes))
+        alone = f" ({ALONE})" if len(absent) == size - 1 else ""
+        return Verdict(f"{who} did not answer within {limit:.0f} s of the start{alone}", tuple(nodes))
     answers = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys)}
     by_node: dict[str, list[int]] = {}
     for rank, answer in answers.items():
@@ -232,6 +189,31 @@ def _watch(done: threading.Event, size: int, limit: float) -> None:
     os._exit(1)
 
 
+def _meet(rank: int, size: int, device: str, gpu: str, problem: str) -> dist.Store:
+    """The roll call, with what this rank says about itself. Raises UserError or NodeTrouble for its verdict."""
+    limit = seconds("DISBACK_START_SECONDS", START_SECONDS)
+    store = _store(rank, size, limit)
+    store.set(f"rank/{rank}", json.dumps({"node": node_name(), "device": device, "gpu": gpu, "problem": problem}))
+    verdict = _verdict(store, rank, size, limit)
+    if verdict.problem:
+        raise UserError(verdict.problem) if verdict.mistake else NodeTrouble(verdict.problem, speaks=rank == 0)
+    return store
+
+
+def check_group(device: str) -> tuple[int, int, int]:
+    """Rank, number of processes and local rank of a process that only takes its share of some work: it joins no process
+    group. device: its name.
+
+    Raises UserError or NodeTrouble unless all processes are there: nobody else would do their share.
+    """
+    rank, size, local = set_environment()
+    if size > 1:
+        store = _meet(rank, size, device, "", "")
+        if rank == 0:  # the store may end with this process: let the others read the verdict first
+            store.wait([f"heard/{r}" for r in range(1, size)], datetime.timedelta(seconds=START_SECONDS))
+    return rank, size, local
+
+
 def join_process_group(accelerator, backend: str) -> torch.device:
     """Checks all nodes, joins the process group and times an all-reduce. Returns this rank's device.
 
@@ -239,7 +221,7 @@ def join_process_group(accelerator, backend: str) -> torch.device:
     within DISBACK_START_SECONDS (default 600).
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    limit = float(os.environ.get("DISBACK_START_SECONDS", START_SECONDS))
+    limit = seconds("DISBACK_START_SECONDS", START_SECONDS)
     if size > 1:
         choose_interface()
     device, name, gpu, problem = torch.device("cpu"), "", "", ""
@@ -249,11 +231,7 @@ def join_process_group(accelerator, backend: str) -> torch.device:
         if size == 1:
             raise
         problem = str(error)
-    store = _store(rank, size, limit)
-    store.set(f"rank/{rank}", json.dumps({"node": node_name(), "device": name, "gpu": gpu, "problem": problem}))
-    verdict = _verdict(store, rank, size, limit)
-    if verdict.problem:
-        raise UserError(verdict.problem) if verdict.mistake else NodeTrouble(verdict.problem, speaks=rank == 0)
+    store = _meet(rank, size, name, gpu, problem)
     done = threading.Event()
     if rank == 0:
         threading.Thread(target=_watch, args=(done, size, limit), daemon=True).start()

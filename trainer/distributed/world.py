@@ -1,15 +1,21 @@
 """This process among all of a run, and the few collectives that the stages need besides DeepSpeed's."""
 
+import contextlib
 import os
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed.rendezvous import COLLECTIVE_TIMEOUT, join_process_group, set_environment
+from trainer.distributed.group import set_environment
+from trainer.distributed.launchers import end_with_launcher
+from trainer.distributed.lock import locked
+from trainer.distributed.rendezvous import COLLECTIVE_TIMEOUT, join_process_group
 from trainer.errors import UserError
 
 
@@ -31,6 +37,7 @@ def start() -> World:
     """Checks every node, then joins the process group (NCCL on GPUs, gloo on CPUs). Raises UserError or NodeTrouble where
     training cannot start."""
     set_environment()
+    end_with_launcher()
     # DeepSpeed takes seconds to import: verbs without engines do without it.
     from deepspeed.accelerator import get_accelerator
 
@@ -63,6 +70,22 @@ def seed_everything(seed: int) -> None:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def locked_for(what: str, files: Iterable[Path], remedy: str, world: World) -> Iterator[None]:
+    """Rank 0 holds lock files for the whole run. Every rank must enter it; all raise UserError if another job has one."""
+    with contextlib.ExitStack() as held:
+        problem = None
+        if world.main:
+            try:
+                for file in files:
+                    held.enter_context(locked(file, what, remedy))
+            except UserError as error:
+                problem = str(error)
+        if problem := first_problem(problem, world):
+            raise UserError(problem)
+        yield
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:

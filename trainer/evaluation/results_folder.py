@@ -1,7 +1,6 @@
 """The results folder of a run: one folder per source, written as a whole, by one job at a time."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from models.pipeline import replace_folder
+from trainer.distributed.lock import LOCK, Lock
 from trainer.distributed.logs import log
 from trainer.distributed.world import World, barrier, from_main
 from trainer.errors import UserError
@@ -61,25 +61,17 @@ class ResultsFolder:
     def claimed(self, world: World) -> Iterator[None]:
         """While a block runs, no other job writes here; this one waits for its turn. The lock dies with its process. Every rank
         must enter it."""
-        with (self.folder / ".lock").open("a") as lock:
-            told = False
-            while not from_main(_lock(lock.fileno()) if world.main else None, world):
-                if not told:
-                    log.info(f"another job evaluates into {self.folder}: waiting for its current source")
+        lock, told = Lock(self.folder / LOCK), False
+        while not from_main(lock.attempt() if world.main else None, world):
+            if world.main and not told:
                 told = True
-                time.sleep(LOCK_SECONDS)
+                log.info(f"another job evaluates into {self.folder} ({lock.holder}): waiting for its current source")
+            time.sleep(LOCK_SECONDS)
+        try:
             if world.main:
                 self.repair()
             barrier(world)
             yield
-
-
-def _lock(file: int) -> bool:
-    """Takes a lock if it is free, and does without on a file system that has none."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        log.warning(f"no file locks here ({error.strerror}): two jobs at the same time would disturb each other")
-    return True
+        finally:
+            if world.main:
+                lock.release()
