@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from models.errors import ModelError
-from models.families import Family, family_of, network_family, read_json
+from models.families import Family, family_of, network_family
+from models.files import read_json
 
 TEXT_ENCODERS: dict[str, tuple[type, type[PreTrainedConfig]]] = {
     "CLIPTextModel": (CLIPTextModel, CLIPTextConfig),

@@ -1,13 +1,14 @@
-"""Choice of the attention kernel, by trying each one on the attention shapes of the network.
+"""Choice of the attention kernel, by trying kernels on the network's own attentions until one works.
 
 The kernel is chosen once for the whole process (`prefer_kernel`), not per call: entering `sdpa_kernel` costs 20
 microseconds, and SDXL has 140 attentions per forward pass. Other attentions of the process, such as a decoder's with a
 head size that the preferred kernel does not support, fall back to the next kernel in the order.
 """
 
+import logging
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -29,14 +30,20 @@ KERNELS = {
 NAMES = (*KERNELS, "xformers")
 # A kernel with a larger error, relative to the largest value, is broken and not just imprecise.
 TOLERANCE = 0.05
+_SDPA = F.scaled_dot_product_attention  # PyTorch's own, also while `prefer_kernel` has a wrapper in its place
+log = logging.getLogger("disback")
 
 
 class AttentionShape(NamedTuple):
-    """The sizes that decide, with device and dtype, whether a kernel supports an attention."""
+    """What decides, with device and dtype, whether a kernel supports an attention: its sizes, and how query, key and value
+    lie in memory (the strides of each [B, heads, N, head size])."""
 
     head_size: int
     queries: int
     keys: int
+    batch: int
+    heads: int
+    strides: tuple[tuple[int, ...], ...]
 
 
 class _ShapeRecorder(TorchFunctionMode):
@@ -44,16 +51,19 @@ class _ShapeRecorder(TorchFunctionMode):
         self.shapes: set[AttentionShape] = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
+        if function is _SDPA:
             query, key = args[:2]
-            self.shapes.add(AttentionShape(query.shape[-1], query.shape[-2], key.shape[-2]))
+            batch, heads, queries, head_size = query.shape
+            strides = tuple(x.stride() for x in args[:3])
+            self.shapes.add(AttentionShape(head_size, queries, key.shape[-2], batch, heads, strides))
         return function(*args, **(kwargs or {}))
 
 
 def attention_shapes(network: nn.Module, call: Callable[[nn.Module], object]) -> list[AttentionShape]:
     """The distinct attention shapes of a diffusers network, largest first.
 
-    call: runs one forward pass of the network passed to it, a copy on the meta device: no memory, no time.
+    call: runs one forward pass of the network passed to it, a copy on the meta device: no memory, no time. A batch of two
+    has the strides of a larger one; that of a single sample is a special case for some kernels.
     """
     with torch.device("meta"):
         twin = type(network).from_config(network.config)
@@ -88,25 +98,36 @@ def _reason(error: Exception, warned: list[str]) -> str:
 
 
 def try_kernel(name: str, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Runs a kernel on one head of this shape, forward and backward. Returns None if it works, else the reason."""
+    """Runs a kernel on an attention as the network has it, forward and backward. Returns None if it works, else the reason."""
     generator = torch.Generator(device).manual_seed(0)
-    sizes = (shape.queries, shape.keys, shape.keys)
-    inputs = [torch.randn(1, n, 1, shape.head_size, generator=generator, device=device) for n in sizes]
-    tested = [x.to(dtype).requires_grad_() for x in inputs]
-    exact = [x.detach().float().requires_grad_() for x in tested]
+    tested = []
+    for length, strides in zip((shape.queries, shape.keys, shape.keys), shape.strides, strict=True):
+        size = (shape.batch, shape.heads, length, shape.head_size)
+        x = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        tested.append(x.normal_(generator=generator).requires_grad_())
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             with nullcontext() if name == "xformers" else sdpa_kernel(KERNELS[name]):
-                result = (_xformers if name == "xformers" else _sdpa)(*tested)
-            gradients = torch.autograd.grad(result.float().square().sum(), tested)
+                result = (_xformers if name == "xformers" else _sdpa)(*(x.transpose(1, 2) for x in tested))
+            # As in the network, the heads become one dimension again before anything else sees them.
+            gradients = torch.autograd.grad(result.flatten(2).float().square().sum(), tested)
         except Exception as error:  # libraries raise different types, and a missing library is a reason too
             return _reason(error, [str(w.message) for w in warned])
-    with sdpa_kernel(SDPBackend.MATH):
-        expected = _sdpa(*exact)
-    pairs = zip((result, *gradients), (expected, *torch.autograd.grad(expected.square().sum(), exact)), strict=True)
-    off = max(float((a.detach().float() - b.detach()).abs().max() / b.abs().max().detach()) for a, b in pairs)
+    found = result.transpose(1, 2), *gradients
+    # Plain arithmetic keeps a matrix of queries x keys for each head: the first and the last head are enough to compare.
+    off = max(_error(tested, found, at) for at in ((0, 0), (-1, -1)))
     return None if off < TOLERANCE else f"its result is off by {off:.1%} of the largest value"
+
+
+def _error(inputs: list[Tensor], found: tuple[Tensor, ...], at: tuple[int, int]) -> float:
+    """The largest difference of one head's result and gradients from plain float32 arithmetic, relative to the largest value."""
+    exact = [x.detach()[at][None, None].float().requires_grad_() for x in inputs]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(*exact)
+    wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
+    pairs = zip((x.detach()[at].float() for x in found), (x.detach()[0, 0] for x in wanted), strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def kernel_order(device: torch.device) -> tuple[str, ...]:
@@ -120,43 +141,83 @@ def kernel_order(device: torch.device) -> tuple[str, ...]:
 def choose_kernel(
     choice: str, shapes: tuple[AttentionShape, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[str, dict[str, str]]:
-    """The kernel to use, and the reason against each of the others. choice: "auto" or one of NAMES.
+    """The kernel to use, and the reasons against those that were tried before it. choice: "auto", the first in the order that
+    works, or one of NAMES.
 
     Raises ModelError if the chosen kernel cannot run here.
     """
-    failures = {}
-    for name in NAMES:
-        for shape in shapes:
-            if reason := try_kernel(name, shape, dtype, device):
-                failures[name] = f"{_describe(shape)}: {reason}"
-                break
-    if choice in failures:
-        works = ", ".join(n for n in NAMES if n not in failures)
-        where = f"{device.type}, {str(dtype).removeprefix('torch.')}"
-        raise ModelError(
-            f"network.attention={choice} cannot run here ({where}, {failures[choice]}): use auto or one of {works}"
-        )
-    # "math" runs everywhere.
-    name = next(n for n in kernel_order(device) if n not in failures) if choice == "auto" else choice
-    return name, {n: failures.get(n, "works, but was not chosen") for n in NAMES if n != name}
+    failures: dict[str, str] = {}
+    for name in kernel_order(device) if choice == "auto" else (choice,):  # "math" runs everywhere
+        reason = _problem(name, shapes, dtype, device)
+        if reason is None:
+            return name, failures
+        failures[name] = reason
+    works = ", ".join(n for n in NAMES if n not in failures and _problem(n, shapes, dtype, device) is None)
+    where = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+    raise ModelError(f"network.attention={choice} cannot run here ({where}, {reason}): use auto or one of {works}")
+
+
+def _problem(name: str, shapes: tuple[AttentionShape, ...], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a kernel cannot run one of the attentions; None if it runs them all."""
+    for shape in shapes:
+        if reason := try_kernel(name, shape, dtype, device):
+            return f"{_describe(shape)}: {reason}"
+    return None
 
 
 def kernel_report(name: str, others: dict[str, str], shapes: list[AttentionShape], dtype: torch.dtype) -> list[str]:
-    """Log lines: the chosen kernel with its shapes, and the reasons against the others."""
-    where = f"{str(dtype).removeprefix('torch.')}; {'; '.join(_describe(shape) for shape in shapes)}"
+    """Log lines: the chosen kernel with its shapes, and the reasons against those before it."""
+    described = dict.fromkeys(_describe(shape) for shape in shapes)  # some differ in their strides alone
+    where = f"{str(dtype).removeprefix('torch.')}; {'; '.join(described)}"
     return [f"attention: {name} ({where})", *(f"attention: not {n}: {reason}" for n, reason in others.items())]
 
 
 def _describe(shape: AttentionShape) -> str:
-    return f"head size {shape.head_size}, {shape.queries} queries x {shape.keys} keys"
+    return f"{shape.heads} heads of {shape.head_size}, {shape.queries} queries x {shape.keys} keys"
 
 
-def prefer_kernel(name: str, device: torch.device) -> AbstractContextManager:
+@contextmanager
+def prefer_kernel(name: str, device: torch.device) -> Iterator[None]:
     """Makes all attentions of the process use this kernel while the context is open, or one after it in the order where
     it does not support them. Those before it are disabled: PyTorch ignores the order on a CPU."""
     order = kernel_order(device)
-    allowed = order[order.index(name) :] if name in KERNELS else order
-    return sdpa_kernel([KERNELS[n] for n in allowed], set_priority=True)
+    allowed = [KERNELS[n] for n in (order[order.index(name) :] if name in KERNELS else order)]
+    with sdpa_kernel(allowed, set_priority=True):
+        if allowed[0] is not SDPBackend.CUDNN_ATTENTION:
+            yield
+            return
+        before = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = falls_through(before, allowed[1:])
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = before
+
+
+def falls_through(attend: Callable[..., Tensor], others: list[SDPBackend]) -> Callable[..., Tensor]:
+    """`attend`, or the other kernels where cuDNN fails. PyTorch asks cuDNN for a plan only after it has chosen cuDNN, and
+    raises if there is none for a shape; it does not go on to the next kernel. Such shapes are remembered."""
+    without_plan: set[tuple] = set()
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if torch.compiler.is_compiling():
+            return attend(query, key, value, *args, **kwargs)
+        what = (query.dtype, query.requires_grad, *((x.shape, x.stride()) for x in (query, key, value)))
+        if what not in without_plan:
+            try:
+                return attend(query, key, value, *args, **kwargs)
+            except RuntimeError as error:
+                if "cudnn" not in str(error).lower():
+                    raise
+                without_plan.add(what)
+                log.warning(
+                    f"attention: cuDNN fails for {tuple(query.shape)} x {tuple(key.shape)} ({_reason(error, [])}): the next "
+                    "kernel that supports this shape computes it"
+                )
+        with sdpa_kernel(others, set_priority=True):
+            return attend(query, key, value, *args, **kwargs)
+
+    return attention
 
 
 class AttentionProcessor:

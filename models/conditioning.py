@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,8 +57,13 @@ class Conditioning:
 
 def square_time_ids(batch: int, resolution: int, device: torch.device) -> Tensor:
     """Time ids [B, 6] of an uncropped square image, the default of the diffusers pipeline."""
-    row = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32, device=device)
-    return row.expand(batch, 6)
+    return _square_row(resolution, device).expand(batch, 6)
+
+
+@cache
+def _square_row(resolution: int, device: torch.device) -> Tensor:
+    """Kept on the device: a copy from host memory would wait for it in every micro-batch."""
+    return torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32, device=device)
 
 
 def image_time_ids(original_sizes: Tensor, crops: Tensor, resolution: int) -> Tensor:

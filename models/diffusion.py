@@ -18,6 +18,41 @@ from models.errors import ModelError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW = "FlowMatchEulerDiscreteScheduler"
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # DDIM's, with which we sample and export
+
+
+def train_timesteps(config: dict) -> int:
+    """The number of training timesteps in a scheduler configuration. Raises ModelError."""
+    steps = config.get("num_train_timesteps", 1000)  # diffusers' default
+    if type(steps) is not int or steps < 1:
+        raise ModelError(f"scheduler: num_train_timesteps is {_shown(steps)}: set a whole number, such as 1000")
+    return steps
+
+
+def _alphas_cumprod(config: dict) -> Tensor:
+    """The running product of 1 - beta, float32 [T], of a scheduler configuration with betas. Raises ModelError."""
+    steps, trained, kind = train_timesteps(config), config.get("trained_betas"), config.get("beta_schedule", "linear")
+    if trained is None and "beta_start" not in config:
+        raise ModelError(f"scheduler: {config.get('_class_name')} has no betas: use a scheduler with betas, or {FLOW}")
+    if trained is None and kind not in BETA_SCHEDULES:
+        raise ModelError(
+            f"scheduler: unknown beta_schedule {_shown(kind)}: use one of {', '.join(BETA_SCHEDULES)}, or trained_betas"
+        )
+    try:
+        scheduler = DDPMScheduler.from_config(config)
+        abar, betas = scheduler.alphas_cumprod.float(), scheduler.betas
+        valid = betas.shape == (steps,) and bool(((betas >= 0) & (betas <= 1)).all())
+    except (TypeError, ValueError, RuntimeError) as error:  # values that are no numbers
+        raise ModelError(f"scheduler: no schedule can be made of its betas: {error}") from error
+    if not valid:
+        count = f"{len(abar)} of num_train_timesteps={steps}"
+        raise ModelError(f"scheduler: its betas are not one number from 0 to 1 per timestep ({count}): correct them")
+    return abar
+
+
+def _shown(value: object) -> str:
+    """A value as the JSON file has it, but quoted like the names beside it."""
+    return f"'{value}'" if isinstance(value, str) else "null" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -47,18 +82,15 @@ class Schedule:
         if config.get("_class_name") == FLOW:
             if config.get("use_dynamic_shifting"):
                 raise ModelError("scheduler: use_dynamic_shifting is not supported: set it to false and set `shift`")
-            sigmas = torch.arange(config["num_train_timesteps"] + 1) / config["num_train_timesteps"]
+            steps = train_timesteps(config)
+            sigmas = torch.arange(steps + 1) / steps
             return cls(1 - sigmas, sigmas, "flow", 1, shift)
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise ModelError(
-                f"scheduler: unknown prediction_type '{prediction}': use one of {', '.join(PREDICTIONS)}, or a {FLOW}"
+                f"scheduler: unknown prediction_type {_shown(prediction)}: use one of {', '.join(PREDICTIONS)}, or a {FLOW}"
             )
-        if "beta_start" not in config:
-            raise ModelError(
-                f"scheduler: {config.get('_class_name')} has no betas: use a scheduler with betas, or {FLOW}"
-            )
-        abar = DDPMScheduler.from_config(config).alphas_cumprod.float()
+        abar = _alphas_cumprod(config)
         if prediction == "epsilon" and float(abar[-1]) == 0:
             raise ModelError(
                 "scheduler: with rescale_betas_zero_snr, epsilon does not determine x0 at the last timestep: use v_prediction"

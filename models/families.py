@@ -4,7 +4,6 @@ A pipeline folder's own configuration determines its family. No stage depends on
 teacher takes one more class here, and an instance of it in FAMILIES.
 """
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -22,18 +21,9 @@ from torch import Tensor
 
 from models.conditioning import Conditioning
 from models.errors import ModelError
+from models.files import read_json
 
 Inputs = tuple[tuple, dict]
-
-
-def read_json(file: Path) -> dict:
-    """Reads a JSON configuration file. Raises ModelError if it is missing or not JSON."""
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{file}: not JSON: {error}") from error
 
 
 class Family(ABC):
@@ -46,10 +36,32 @@ class Family(ABC):
     encoders: tuple[str, ...]  # folders of the required text encoders
     unused: tuple[str, ...] = ()  # pipeline parts not needed to encode text
     extra_tokens = 0  # text states after those of the first encoder's tokens
+    sizes: tuple[str, ...]  # whole numbers that a network's configuration must have
+    more_inputs: tuple[str, ...] = ()  # settings of a network that give it more inputs than ours
 
     def fits(self, config: dict) -> bool:
         """Whether a network's configuration (its config.json) belongs to this family."""
         return config.get("_class_name") == self.network.__name__
+
+    def check(self, config: dict, where: str) -> None:
+        """Raises ModelError for a network's configuration that lacks a size, or that asks for other inputs than `inputs` has.
+        where: names it."""
+        for key in self.sizes:
+            if type(config.get(key)) is not int:
+                raise ModelError(
+                    f"{where}: {key} is {config.get(key, 'missing')} in its config.json, a whole number is expected: copy "
+                    "the file that belongs to the weights"
+                )
+        if config.get("quantization_config") is not None:
+            raise ModelError(
+                f"{where}: its config.json has a quantization_config: use the model's float16, bfloat16 or float32 weights"
+            )
+        for key in self.more_inputs:
+            if config.get(key) is not None:
+                raise ModelError(
+                    f"{where}: {key} is {config[key]} in its config.json, so that the network needs more than text: use a "
+                    f"text-to-image model with a plain {self.network.__name__}"
+                )
 
     @abstractmethod
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> Inputs:
@@ -104,6 +116,9 @@ class Family(ABC):
         return None
 
 
+UNET_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+
+
 class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x: one text encoder, no added conditions."""
 
@@ -111,6 +126,7 @@ class StableDiffusion(Family):
     pipeline, network = StableDiffusionPipeline, UNet2DConditionModel
     encoders = ("text_encoder",)
     unused = ("safety_checker", "feature_extractor", "image_encoder")
+    sizes, more_inputs = ("in_channels", "out_channels", "cross_attention_dim"), UNET_INPUTS
 
     def fits(self, config: dict) -> bool:
         return super().fits(config) and config.get("addition_embed_type") is None
@@ -134,6 +150,8 @@ class StableDiffusionXL(Family):
     pipeline, network = StableDiffusionXLPipeline, UNet2DConditionModel
     encoders = ("text_encoder", "text_encoder_2")
     unused = ("feature_extractor", "image_encoder")
+    sizes = (*StableDiffusion.sizes, "projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    more_inputs = UNET_INPUTS
 
     def fits(self, config: dict) -> bool:
         return super().fits(config) and config.get("addition_embed_type") == "text_time"
@@ -166,6 +184,8 @@ class StableDiffusion3(Family):
     pipeline, network, part = StableDiffusion3Pipeline, SD3Transformer2DModel, "transformer"
     encoders = ("text_encoder", "text_encoder_2")
     unused = ("feature_extractor", "image_encoder")
+    sizes = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size")
+    sizes += ("pos_embed_max_size",)
     extra_tokens = 256  # T5's: the pipeline's max_sequence_length; zeros without T5, as in the pipeline
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> Inputs:
@@ -209,9 +229,10 @@ def family_of(pipeline: Path) -> Family:
 
 
 def network_family(config: dict, where: str = "network") -> Family:
-    """The family of a network, from its configuration. Raises ModelError for an unknown one."""
+    """The family of a network, from its configuration. Raises ModelError for an unknown or an unusable one."""
     for family in FAMILIES.values():
         if family.fits(config):
+            family.check(config, where)
             return family
     kind, added = config.get("_class_name"), config.get("addition_embed_type")
     raise ModelError(

@@ -1,16 +1,63 @@
 """Generators as plain diffusers pipelines: the network, a scheduler with its timesteps, the other parts copied."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, ModelMixin, SchedulerMixin
+from safetensors import safe_open
+from torch import Tensor
 
-from models.diffusion import FLOW
+from models.diffusion import FLOW, train_timesteps
 from models.errors import ModelError
-from models.families import family_of, read_json
-from models.pipeline import INFO_FILE, LORA_FOLDER, replace_folder, variant_name, variant_of, weight_files
+from models.families import family_of
+from models.files import INFO_FILE, LORA_FOLDER, STEM, read_json, variant_name, variant_of, weight_files
+from models.pipeline import replace_folder
+from models.tensorfile import TensorFile, write_tensors
+
+
+class OutOfRangeError(ModelError):
+    """A weight is too large for the dtype that it should be rounded to."""
+
+
+def _rounded(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor in another dtype; any other tensor as it is. Raises OutOfRangeError if a value would become
+    infinite."""
+    if not value.is_floating_point():
+        return value
+    out = value.to(dtype)
+    if (lost := out.isinf() & ~value.isinf()).any():
+        name = str(dtype).removeprefix("torch.")
+        largest, limit = float(value[lost].abs().max()), torch.finfo(dtype).max
+        raise OutOfRangeError(f"{key} has a weight of size {largest:.4g}, and the largest of {name} is {limit:.4g}")
+    return out
+
+
+def copy_rounded(source: Path, dtype: torch.dtype, out: Path) -> None:
+    """Copies a weights or LoRA folder, with its weights rounded to `dtype`. Raises OutOfRangeError, ModelError."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file in weight_files(source):
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata()  # of a LoRA: its rank and alpha
+        tensors = TensorFile(file)
+        try:
+            state = {
+                key: _rounded(key, tensors.read(key, 0, math.prod(shape)).view(shape), dtype)
+                for key, shape in tensors.shapes.items()
+            }
+        finally:
+            tensors.close()
+        write_tensors(out / file.name, state, metadata)
+
+
+def save_rounded(network: ModelMixin, dtype: torch.dtype, out: Path) -> None:
+    """Rounds a network's weights to `dtype`, in place, and writes its folder. Raises OutOfRangeError."""
+    for key, value in network.state_dict(keep_vars=True).items():
+        value.data = _rounded(key, value.data, dtype)
+    network.save_pretrained(out)
 
 
 def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
@@ -22,8 +69,8 @@ def one_step_scheduler(source: Path, timestep: int) -> DDIMScheduler | FlowMatch
     sigma = 1, so a flow generator can have no other conditioning timestep.
     """
     config = read_json(Path(source) / "scheduler" / "scheduler_config.json")
-    if config["_class_name"] == FLOW:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"], shift=1.0)
+    if config.get("_class_name") == FLOW:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=train_timesteps(config), shift=1.0)
     full = DDIMScheduler.from_config(config)
     return DDIMScheduler(
         num_train_timesteps=timestep + 1,
@@ -47,7 +94,7 @@ def generator_scheduler(source: Path, timesteps: tuple[int, ...]) -> SchedulerMi
     if len(timesteps) == 1:
         return one_step_scheduler(source, timesteps[0])
     config = read_json(Path(source) / "scheduler" / "scheduler_config.json")
-    if config["_class_name"] == FLOW:
+    if config.get("_class_name") == FLOW:
         raise ModelError(f"{source} is a flow: no diffusers scheduler has the steps {list(timesteps)}: use one step")
     steps = timesteps[0] + 1
     return LCMScheduler(
@@ -76,7 +123,7 @@ def _copy_part(source: Path, out: Path, variant: str) -> None:
         "*.safetensors*", "*.bin", "*.bin.index*.json", "*.ckpt", "*.onnx*", "*.msgpack", "*.h5", ".*"
     )
     shutil.copytree(source, out, ignore=skip)
-    stem = next((s for s in ("diffusion_pytorch_model", "model") if any(source.glob(f"{s}*.safetensors"))), None)
+    stem = next((s for s in (STEM, "model") if any(source.glob(f"{s}*.safetensors"))), None)
     if stem is None:
         return  # a tokenizer
     files = weight_files(source, variant, stem)
@@ -96,15 +143,15 @@ def write_generator_pipeline(
     out: Path,
     note: dict,
     variant: str = "",
-    lora: Path | None = None,
+    lora: Callable[[Path], None] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> str:
     """Writes a generator as a pipeline folder, and returns the call that makes an image with it.
 
     source: the pipeline that all other parts are copied from. Only those in model_index.json are; missing ones (such as
     the hub's safety checker, which is not downloaded) are set to null in the index. network: the denoiser's folder, or
-    a function that writes it into the folder passed to it. note: additional entries for disback.json. lora: a LoRA
-    folder, copied as `lora/`. finish: writes more files into the finished folder, which is then still elsewhere. Atomic:
+    a function that writes it into the folder passed to it. note: additional entries for disback.json. lora: writes a LoRA
+    into the folder `lora/`. finish: writes more files into the finished folder, which is then still elsewhere. Atomic:
     replaces an existing pipeline at `out` as a whole. Raises ModelError.
     """
     scheduler = generator_scheduler(source, timesteps)
@@ -125,7 +172,7 @@ def write_generator_pipeline(
         else:
             index[part] = [None, None]
     if lora:
-        shutil.copytree(lora, temporary / LORA_FOLDER)
+        lora(temporary / LORA_FOLDER)
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     call = pipeline_call(scheduler, timesteps)
     info = {"conditioning_timestep": timesteps[0], "timesteps": list(timesteps), "call": call, **note}

@@ -14,35 +14,41 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from models.errors import ModelError
-from models.pipeline import INFO_FILE, LORA_FILE, load_network, weight_files, weights_hash
+from models.files import INFO_FILE, read_json, weight_files
+from models.lora_files import read_lora
+from models.pipeline import load_network, weights_hash
 from models.settings import LORA_TARGETS, LoraSettings
 
-CONFIG_FILE = "adapter_config.json"
 ADAPTER = "default"  # peft's name for the only adapter of a network
 
 
 def check_targets(folder: Path, settings: LoraSettings, variant: str = "") -> None:
     """Raises ModelError unless each target is the end of a linear or convolution layer's name in a weights folder.
     Reads only the headers of its files."""
-    if not settings.targets:
-        raise ModelError("lora.targets is empty: name modules, for example [to_q, to_k, to_v, to_out.0]")
     names = set()
     for file in weight_files(folder, variant):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 (not a mapping)
                 if key.endswith(".weight") and len(handle.get_slice(key).get_shape()) in (2, 4):
                     names.add(key.removesuffix(".weight"))
+    check_target_names(names, settings, str(folder))
+
+
+def check_target_names(names: set[str], settings: LoraSettings, where: str) -> None:
+    """Raises ModelError unless each target is the end of a name. names: of the linear and convolution layers of the network
+    that `where` tells."""
+    if not settings.targets:
+        raise ModelError("lora.targets is empty: name modules, for example [to_q, to_k, to_v, to_out.0]")
     missing = [t for t in settings.targets if not any(n == t or n.endswith("." + t) for n in names)]
     if missing:
         ends = {n.rpartition(".")[2] for n in names}
         known = [t for t in LORA_TARGETS if any(n.endswith("." + t) for n in names)]
         known = known or sorted(e for e in ends if e[0] > "9")
         raise ModelError(
-            f"lora.targets: {folder} has no linear or convolution layer named {', '.join(missing)}; it has, for "
+            f"lora.targets: {where} has no linear or convolution layer named {', '.join(missing)}; it has, for "
             f"example, {', '.join(known[:8])}"
         )
 
@@ -123,34 +129,17 @@ def _jsonable(value: object) -> object:
     return value.value if isinstance(value, Enum) else value
 
 
-def is_adapter(folder: Path) -> bool:
-    return (Path(folder) / LORA_FILE).is_file()
-
-
 @torch.no_grad()
-def merge(net: nn.Module, folder: Path) -> None:
-    """Merges a LoRA folder into the weights of a plain network, in place: W <- W + alpha / rank * B A.
+def merge(net: ModelMixin, folder: Path) -> None:
+    """Merges a LoRA folder or file into the weights of a plain network, in place: W <- W + scale * B A.
 
     Summed in float32 and rounded once to the network's dtype. Raises ModelError for a key or shape mismatch.
     """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        scale = config["lora_alpha"] / config["r"]
-        state = load_file(folder / LORA_FILE)
-    except Exception as error:  # safetensors' error type is not public
-        raise ModelError(f"{folder}: not a complete LoRA folder: {error}") from error
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        name, _, matrix = key.partition(".")[2].rpartition(".lora_")
-        pairs.setdefault(name, {})[matrix] = value
-    for name, pair in pairs.items():
+    for name, (down, up, scale) in read_lora(folder, net).items():
         try:
             weight = net.get_submodule(name).weight
-            if pair.keys() != {"A.weight", "B.weight"}:
-                raise ValueError(f"has {sorted(pair)} where A.weight and B.weight are expected")
             # A convolution's A has its kernel size and its B is 1 x 1: flattened, they multiply as in a linear layer.
-            delta = pair["B.weight"].float().flatten(1) @ pair["A.weight"].float().flatten(1)
+            delta = up.float().flatten(1) @ down.float().flatten(1)
             merged = weight.float() + scale * delta.view(weight.shape).to(weight.device)
         except (AttributeError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}: does not fit the network: module '{name}': {error}") from error
@@ -158,10 +147,10 @@ def merge(net: nn.Module, folder: Path) -> None:
 
 
 def load_merged(base: Path, adapter: Path, dtype: torch.dtype, variant: str = "") -> ModelMixin:
-    """The network of a weights folder with a LoRA folder merged into it. Raises ModelError, also if the adapter was
+    """The network of a weights folder with a LoRA folder or file merged into it. Raises ModelError, also if the adapter was
     trained on another base."""
     file = Path(adapter) / INFO_FILE
-    info = json.loads(file.read_text()) if file.is_file() else {}
+    info = read_json(file) if file.is_file() else {}
     if info.get("base") not in (None, weights_hash(base, variant)):
         raise ModelError(
             f"{adapter} was trained on another network (sha256 {info['base'][:12]}...) than {base}: set `pipeline` and "

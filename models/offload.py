@@ -1,10 +1,10 @@
-"""Offloading of seldom used networks to the CPU, so that their device memory is free for training."""
+"""What moves between host and device: seldom used networks, offloaded so that their memory is free for training, and tensors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def offload_to_cpu(modules: Sequence[nn.Module]) -> None:
@@ -23,3 +23,11 @@ def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
         yield
     finally:
         offload_to_cpu(offloaded)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, copied from host memory without waiting: from pageable memory a copy would wait until a GPU
+    has finished all that it was given before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,53 +14,8 @@ from torch import nn
 
 from models.diffusion import Schedule
 from models.errors import ModelError
-from models.families import family_of, network_family, read_json
-
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-LORA_FOLDER = "lora"  # in an exported pipeline: an unmerged LoRA
-INFO_FILE = "disback.json"  # describes an exported pipeline or a LoRA folder
-
-
-def variant_name(name: str, variant: str) -> str:
-    """The file name of a variant in diffusers and transformers: a.safetensors -> a.fp16.safetensors, and for an index
-    a.safetensors.index.json -> a.safetensors.index.fp16.json. Unchanged without a variant."""
-    stem, _, ending = name.rpartition(".")
-    return f"{stem}.{variant}.{ending}" if variant else name
-
-
-def weight_files(folder: Path, variant: str = "", stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """The safetensors files of a weights or LoRA folder: one, or those in its index.
-
-    variant: preferred if the folder has files of it (nodes and checkpoints have no variants). stem: "model" for a text
-    encoder. Raises ModelError.
-    """
-    folder = Path(folder)
-    for name in dict.fromkeys((variant, "")):
-        file = folder / variant_name(f"{stem}.safetensors", name)
-        if file.is_file():
-            return [file]
-        index = folder / variant_name(f"{stem}.safetensors.index.json", name)
-        if index.is_file():
-            files = [folder / part for part in sorted(set(read_json(index)["weight_map"].values()))]
-            for file in files:
-                if not file.is_file():
-                    raise ModelError(f"{folder}: {file.name} is listed in {index.name} but missing: download it again")
-            return files
-    if (folder / LORA_FILE).is_file():
-        return [folder / LORA_FILE]
-    if any(folder.glob("*.bin")):
-        raise ModelError(
-            f"{folder}: the weights are pickle files (*.bin), which can execute code; convert the pipeline once: "
-            "python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('PIPELINE', "
-            "use_safetensors=False).save_pretrained('CONVERTED', safe_serialization=True)\""
-        )
-    raise ModelError(f"{folder}: has neither {stem}.safetensors nor its index")
-
-
-def variant_of(files: list[Path], variant: str) -> str | None:
-    """The variant if these files belong to it, else None."""
-    return variant if variant and f".{variant}" in files[0].name else None
+from models.families import family_of, network_family
+from models.files import STEM, read_json, variant_of, weight_files
 
 
 def _load_strict(kind: type, folder: Path, dtype: torch.dtype, variant: str, stem: str) -> nn.Module:
@@ -81,7 +37,7 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, variant: str 
     """The denoiser of a weights folder, of the class in its config.json, loaded strictly. Raises ModelError."""
     folder = Path(folder)
     family = network_family(read_json(folder / "config.json"), str(folder))
-    return _load_strict(family.network, folder, dtype, variant, "diffusion_pytorch_model")
+    return _load_strict(family.network, folder, dtype, variant, STEM)
 
 
 def empty_network(folder: Path) -> ModelMixin:
@@ -99,7 +55,7 @@ def empty_network(folder: Path) -> ModelMixin:
 
 def load_vae(pipeline: Path, dtype: torch.dtype = torch.float32, variant: str = "") -> AutoencoderKL:
     """The autoencoder of a pipeline folder, frozen and in evaluation mode. Raises ModelError."""
-    vae = _load_strict(AutoencoderKL, Path(pipeline) / "vae", dtype, variant, "diffusion_pytorch_model")
+    vae = _load_strict(AutoencoderKL, Path(pipeline) / "vae", dtype, variant, STEM)
     return vae.eval().requires_grad_(False)
 
 
@@ -122,7 +78,7 @@ def load_text(pipeline: Path, dtype: torch.dtype, device: torch.device, variant:
 
 
 def text_encoders(index: dict) -> list[str]:
-    """The text encoders in a model_index.json (SD3's third may be null)."""
+    """The text encoders in a valid model_index.json (SD3's third may be [null, null])."""
     return [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
 
 
@@ -131,23 +87,33 @@ def load_schedule(pipeline: Path, shift: float = 1.0) -> Schedule:
     return Schedule.from_config(read_json(Path(pipeline) / "scheduler" / "scheduler_config.json"), shift)
 
 
-def weights_hash(folder: Path, variant: str = "", stem: str = "diffusion_pytorch_model") -> str:
-    """The sha256 (hexadecimal) over a weights folder's safetensors files in name order; arguments as in `weight_files`.
-    Raises ModelError."""
+def files_hash(files: Sequence[Path]) -> str:
+    """The sha256 (hexadecimal) over the contents of files, one after the other."""
     digest = hashlib.sha256()
-    for file in weight_files(folder, variant, stem):
-        with file.open("rb") as handle:
+    for file in files:
+        with Path(file).open("rb") as handle:
             hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()
 
 
-def pipeline_hash(pipeline: Path, variant: str = "") -> str:
+def weights_hash(
+    folder: Path, variant: str = "", stem: str = STEM, digest: Callable[[Sequence[Path]], str] = files_hash
+) -> str:
+    """The sha256 (hexadecimal) over a weights folder's safetensors files in name order; other arguments as in
+    `weight_files`. digest: `files_hash`, or a function that remembers what it has hashed. Raises ModelError."""
+    return digest(weight_files(folder, variant, stem))
+
+
+def pipeline_hash(
+    pipeline: Path, variant: str = "", weights_digest: Callable[[Sequence[Path]], str] = files_hash
+) -> str:
     """A sha256 (hexadecimal) over what a pipeline folder's images depend on besides the denoiser: the weights of autoencoder
-    and text encoders, and all configurations and vocabularies. Raises ModelError."""
+    and text encoders, and all configurations and vocabularies. weights_digest: as in `weights_hash`. Raises ModelError."""
     digest, own = hashlib.sha256(), family_of(pipeline).part
     for part in sorted(folder for folder in Path(pipeline).iterdir() if folder.is_dir() and folder.name != own):
-        stems = [s for s in ("diffusion_pytorch_model", "model") if any(part.glob(f"{s}*.safetensors"))]
-        digest.update(f"{part.name} {[weights_hash(part, variant, stem) for stem in stems]}\n".encode())
+        stems = [s for s in (STEM, "model") if any(part.glob(f"{s}*.safetensors"))]
+        weights = [weights_hash(part, variant, stem, weights_digest) for stem in stems]
+        digest.update(f"{part.name} {weights}\n".encode())
         for file in sorted(part.glob("*")):
             if file.suffix in (".json", ".txt", ".model"):
                 digest.update(file.name.encode() + file.read_bytes())

@@ -161,6 +161,23 @@ def head_parameters(config: dict, latent_shape: tuple[int, int, int]) -> tuple[i
         return tuple(p.numel() for p in Discriminator(network, latent_shape, seed=0).head.parameters())
 
 
+@_cached
+def layer_names(config: dict) -> set[str]:
+    """The names of a denoiser's linear and convolution layers, as its weight files tell them."""
+    named = meta_network(config).named_parameters()
+    return {name.removesuffix(".weight") for name, p in named if name.endswith(".weight") and p.dim() in (2, 4)}
+
+
+@_cached
+def encoder_parameters(config: dict) -> int:
+    """Elements of a UNet's parameters up to the bottleneck: all but those of the decoder."""
+    network = meta_network(config)
+    decoder = {
+        id(p) for part in (network.up_blocks, network.conv_norm_out, network.conv_out) for p in part.parameters()
+    }
+    return sum(p.numel() for p in network.parameters() if id(p) not in decoder)
+
+
 def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
 

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from models.denoise import predict_guided
 from models.diffusion import Schedule
+from models.errors import ModelError
 from models.multistep import Student
 from models.offload import on_device
 from models.pipeline import load_schedule, load_vae
 from models.text_encoder import TextEncoder
 
 LATER = 1 << 32  # between the seeds of an image's first noise and of its later ones, where batches draw the first
-VAE_PIXELS = 2 * 1024**2  # of the images that are encoded or decoded in one call
+VAE_PIXELS = 1024**2  # of the images that are encoded or decoded in one call
 
 
 class ImageNoise:
@@ -93,7 +94,7 @@ class Sampler:
 
     @property
     def vae_batch(self) -> int:
-        """Images per autoencoder call: SDXL's needs about 2 GB per image of 1024 pixels in float32."""
+        """Images per autoencoder call: SDXL's needs about 2.7 GB to encode one of 1024 pixels in float32."""
         return max(1, VAE_PIXELS // self.resolution**2)
 
     def scale(self, latents: Tensor) -> Tensor:
@@ -136,17 +137,25 @@ class Sampler:
         student = Student(self.schedule, timesteps)
         return self.decode(student.trajectory(net, cond, lambda _: noise.draw(), len(timesteps))[-1])
 
+    def scheduler(self, steps: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+        """The scheduler that samples a diffusion model in this many steps. Raises ModelError for more steps than a schedule
+        with betas has."""
+        if self.schedule.prediction == "flow":
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        elif steps > (most := self.schedule.steps):
+            raise ModelError(f"sample.steps={steps}: the pipeline's schedule has {most} timesteps: set at most {most}")
+        else:
+            scheduler = DDIMScheduler.from_config(self.scheduler_config, clip_sample=False)
+        scheduler.set_timesteps(steps)
+        return scheduler
+
     @torch.no_grad()
     def diffusion_images(
         self, net: nn.Module, captions: list[str], z: Tensor, steps: int, guidance_scale: float
     ) -> Tensor:
         """uint8 images [B, 3, H, W] from a diffusion model, starting at z: deterministic DDIM (Song et al. 2021), or
         Euler steps for a flow, spaced as by the pipeline's scheduler."""
-        if self.schedule.prediction == "flow":
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
-        else:
-            scheduler = DDIMScheduler.from_config(self.scheduler_config, clip_sample=False)
-        scheduler.set_timesteps(steps)
+        scheduler = self.scheduler(steps)
         cond = self.text.encode(captions, self.resolution)
         x = z
         for t in scheduler.timesteps:

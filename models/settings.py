@@ -83,7 +83,7 @@ class MiniatureSettings(_Settings):
     """width of the pooled text"""
     tokens: int = 16
     """length of a caption in tokens; attention over 77 mostly padded tokens is wasted work here"""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """seed of the initial weights"""
 
     @property

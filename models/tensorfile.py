@@ -17,6 +17,7 @@ from torch import Tensor
 from models.errors import ModelError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 26  # bytes per write and hash update
 LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -30,7 +31,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 class TensorFile:
     """An open safetensors file: its tensors' shapes and dtypes, and ranges of their elements.
 
-    Raises ModelError for an invalid, truncated or unreadable file.
+    Raises ModelError for an invalid, truncated or unreadable file, and for tensors in a format such as fp8.
     """
 
     def __init__(self, file: Path):
@@ -41,6 +42,9 @@ class TensorFile:
             raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
         try:
             self._read_header()
+        except ModelError:
+            self.close()
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.close()
             raise ModelError(f"{file}: not a complete safetensors file: {error}") from error
@@ -52,6 +56,12 @@ class TensorFile:
             raise ValueError(f"its header does not fit into {size} bytes")
         header = json.loads(os.pread(self._handle, length, 8))
         header.pop("__metadata__", None)
+        for key, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ModelError(
+                    f"{self.file}: {key} is stored as {entry['dtype']}, no precision to train from or to compare with: use the "
+                    "model's float16, bfloat16 or float32 files"
+                )
         self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
         self.dtypes = {key: DTYPES[entry["dtype"]] for key, entry in header.items()}
         self._starts = {}

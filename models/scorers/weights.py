@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from models.errors import ModelError
+from models.files import refuse_pointer
 
 Network = TypeVar("Network", bound=nn.Module)
 Pretrained = TypeVar("Pretrained", bound=PreTrainedModel)
@@ -35,6 +36,7 @@ def read_weights(file: Path) -> dict:
     """
     if not file.is_file():
         raise ModelError(f"{file}: no such file of weights")
+    refuse_pointer(file)
     try:
         state = (
             load_file(file)
@@ -73,6 +75,8 @@ def load_pretrained(kind: type[Pretrained], folder: Path, device: torch.device) 
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json: use the folder of a {kind.__name__} from the Hugging Face hub")
+    for file in sorted(folder.glob("*")):
+        refuse_pointer(file)
     verbosity = logging.get_verbosity()
     try:
         logging.set_verbosity_error()  # its table of unused weights fills a screen; what counts is checked below

@@ -7,10 +7,13 @@ import support
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
+from models import attention
 from models.attention import (
     KERNELS,
+    AttentionShape,
     attention_shapes,
     choose_kernel,
+    falls_through,
     install_processors,
     kernel_report,
     prefer_kernel,
@@ -52,13 +55,17 @@ def selected(shape, dtype, device):
 
 
 def shapes_of(unet):
-    return attention_shapes(unet, lambda twin: predict(twin, *inputs("meta", 1)))
+    return attention_shapes(unet, lambda twin: predict(twin, *inputs("meta")))
 
 
 def test_shapes_are_the_networks(unet):
     # One stage of the miniature has attention: 96 channels in 2 heads, at half the side; to itself and to the text.
+    # In memory the heads of a token lie side by side: the layout of the projections.
     own = SIDE * SIDE // 4
-    assert shapes_of(unet) == [(48, own, own), (48, own, TOKENS)]
+    laid_out = {n: (n * 96, 48, 96, 1) for n in (own, TOKENS)}
+    for shape, keys in zip(shapes_of(unet), (own, TOKENS), strict=True):
+        assert shape[:5] == (48, own, keys, BATCH, 2)
+        assert shape.strides == (laid_out[own], laid_out[keys], laid_out[keys])
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math"])
@@ -87,14 +94,75 @@ def test_the_choice_of_the_process_comes_back(unet):
     assert selected(shape, torch.float32, CPU) == before
 
 
-def test_auto_says_what_runs_and_why_not_the_others(unet):
+def test_auto_says_what_runs_and_why_not_those_before_it(unet, monkeypatch):
+    tried = []
+    monkeypatch.setattr(attention, "try_kernel", lambda name, *args: tried.append(name) or try_kernel(name, *args))
     shapes = tuple(shapes_of(unet))
     name, others = choose_kernel("auto", shapes, torch.float32, CPU)
-    assert name == "flash" and set(others) == {"cudnn", "efficient", "math", "xformers"}
+    assert name == "flash" and tried == ["cudnn", "flash", "flash"]  # until one works for both shapes
     lines = kernel_report(name, others, list(shapes), torch.float32)
-    assert lines[0].startswith("attention: flash (float32; head size 48")
-    assert any("not cudnn" in line and "no such kernel for this device" in line for line in lines)
+    assert lines[0].startswith("attention: flash (float32; 2 heads of 48, 64 queries x 64 keys; ")
+    assert len(lines) == 2 and "not cudnn" in lines[1] and "no such kernel for this device" in lines[1]
     assert all("\n" not in line for line in lines)
+
+
+def test_kernels_are_tried_as_the_network_calls_them(unet, monkeypatch):
+    """The trial's calls, forward and backward, are those of a forward pass with two samples: sizes, strides and order."""
+    real, shapes, calls = torch.nn.functional.scaled_dot_product_attention, shapes_of(unet), []
+
+    def watched(*tensors):
+        out, call = real(*tensors), [(x.shape, x.stride()) for x in tensors]
+        calls.append(call)
+        if out.requires_grad:
+            out.register_hook(lambda grad: call.append((grad.shape, grad.stride())))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    ours = copy.deepcopy(unet)
+    install_processors(ours, "flash")
+    predict(ours, *inputs()).square().mean().backward()
+    network = {tuple(call) for call in calls}
+    assert len(network) == 2 and {len(call) for call in network} == {4}
+    for shape in shapes:
+        calls.clear()
+        assert try_kernel("flash", shape, torch.float32, CPU) is None
+        network.remove(tuple(calls[0]))  # the other calls of a trial compute what is expected
+
+
+def test_without_a_plan_the_next_kernel_runs(caplog):
+    """cuDNN's message where it has no plan for a shape: such a shape goes to the other kernels, others do not, and other errors
+    are raised."""
+
+    def attend(query, key, value):
+        if selected(AttentionShape(48, query.shape[2], key.shape[2], 1, 1, ()), query.dtype, CPU) == "math":
+            return real(query, key, value)
+        calls.append(query.shape[2])
+        if query.shape[2] == 7:
+            raise RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.")
+        if query.shape[2] == 9:
+            raise RuntimeError("out of something else")
+        return real(query, key, value)
+
+    real, calls = torch.nn.functional.scaled_dot_product_attention, []
+    attention_ = falls_through(attend, [KERNELS["math"]])
+    odd, even = (torch.randn(2, 2, n, 48) for n in (7, 8))
+    for _ in range(2):
+        torch.testing.assert_close(attention_(odd, even, even), real(odd, even, even))
+        attention_(even, even, even)
+    assert calls == [7, 8, 8] and caplog.text.count("cuDNN fails for (2, 2, 7, 48) x (2, 2, 8, 48)") == 1
+    with pytest.raises(RuntimeError, match="something else"):
+        attention_(torch.randn(2, 2, 9, 48), even, even)
+
+
+def test_fall_through_is_in_place_only_where_cudnn_is_preferred(monkeypatch):
+    real = torch.nn.functional.scaled_dot_product_attention
+    with prefer_kernel("flash", CPU):
+        assert torch.nn.functional.scaled_dot_product_attention is real
+    with prefer_kernel("cudnn", CPU):
+        wrapped = torch.nn.functional.scaled_dot_product_attention
+        x = torch.randn(1, 1, 8, 48)
+        assert wrapped is not real and torch.equal(wrapped(x, x, x), real(x, x, x))
+    assert torch.nn.functional.scaled_dot_product_attention is real
 
 
 @pytest.mark.parametrize("asked", ["cudnn", "efficient", "xformers"])

@@ -82,7 +82,8 @@ def test_a_head_on_a_transformer_is_refused(shards, world, pipelines):
 def test_plan_counts_every_family(shards, pipelines, kind):
     folder = pipelines[kind]
     pipe, part = support.plain(folder), family_of(folder).part
-    settings = support.tiny(shards, "planned", f"pipeline={folder}", "lora.rank=2")
+    options = ["lora.targets=[to_q]", "conditioning_timestep=1000"] if kind == "sd3" else []
+    settings = support.tiny(shards, "planned", f"pipeline={folder}", "lora.rank=2", *options)
     plan = make_plan(settings, Cluster(gpus_per_node=1))
     encoders = [p for name, p in pipe.components.items() if name.startswith("text_encoder") and p is not None]
     assert plan["parameters"]["text_encoders"] == sum(e.num_parameters() for e in encoders)

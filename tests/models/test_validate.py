@@ -11,9 +11,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from models.errors import ModelError
-from models.generator_pipeline import write_generator_pipeline
+from models.files import POINTER, weight_files
+from models.generator_pipeline import generator_scheduler, write_generator_pipeline
 from models.miniature import build_miniature
-from models.pipeline import load_network, load_text, weight_files, weights_hash
+from models.pipeline import load_network, load_schedule, load_text, weights_hash
+from models.sampler import Sampler
 from models.settings import MiniatureSettings
 from models.validate import check_fit, check_pipeline
 from trainer.backtrack import backtrack
@@ -22,6 +24,9 @@ from trainer.record import record
 from trainer.training.run import Run
 
 CPU = torch.device("cpu")
+SCHEDULER = "scheduler/scheduler_config.json"
+LFS = POINTER + b"v1\noid sha256:00\nsize 1\n"
+DROP = "(dropped)"  # a value that `edited` leaves out
 
 
 def build(kind: str, folder: Path, **save: object) -> Path:
@@ -39,8 +44,8 @@ def whole(tmp_path_factory) -> dict[str, Path]:
 def edited(source: Path, folder: Path, file: str, **values: object) -> Path:
     """A copy of a pipeline with some values of one of its configurations changed."""
     shutil.copytree(source, folder)
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(config | values))
+    config = json.loads((folder / file).read_text()) | values
+    (folder / file).write_text(json.dumps({key: value for key, value in config.items() if value != DROP}))
     return folder
 
 
@@ -63,12 +68,73 @@ def edited(source: Path, folder: Path, file: str, **values: object) -> Path:
             "not the denoiser of a StableDiffusionPipeline",
         ),
         ("sdxl", "vae/config.json", {"latents_mean": [0.0] * 4}, "latents_mean"),
+        ("sd15", "model_index.json", {"unet": None}, r"model_index.json has unet: null, two names are expected"),
+        (
+            "sd15",
+            "model_index.json",
+            {"text_encoder": ["transformers"]},
+            r"has text_encoder: \['transformers'\], two names",
+        ),
+        ("sd15", "model_index.json", {"tokenizer": [None, None]}, r"has tokenizer: \[None, None\], two names"),
+        ("sd3", "model_index.json", {"text_encoder_3": None}, r"has text_encoder_3: null.* or \[null, null\]"),
+        ("sd15", "model_index.json", {"text_encoder": ["transformers", "X"]}, "no class of transformers"),
+        ("sdxl", "unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type is timestep.*more than text"),
+        ("sd15", "unet/config.json", {"num_class_embeds": 3}, "num_class_embeds is 3"),
+        ("sd15", "unet/config.json", {"quantization_config": {}}, "has a quantization_config"),
+        ("sd15", "unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type is image_proj"),
+        ("sd15", "unet/config.json", {"in_channels": "4"}, "in_channels is 4 in its config.json, a whole number"),
+        ("sd15", "unet/config.json", {"in_channels": DROP}, "in_channels is missing in its config.json"),
+        ("sdxl", "unet/config.json", {"addition_time_embed_dim": DROP}, "addition_time_embed_dim is missing"),
+        ("sd3", "transformer/config.json", {"patch_size": DROP}, "patch_size is missing"),
+        ("sd15", "vae/config.json", {"latent_channels": DROP}, "vae/config.json has no latent_channels"),
+        ("sd15", SCHEDULER, {"beta_schedule": "sine"}, "unknown beta_schedule 'sine': use one of linear"),
+        ("sd15", SCHEDULER, {"beta_start": "low"}, "no schedule can be made of its betas"),
+        (
+            "sd15",
+            SCHEDULER,
+            {"trained_betas": [0.1, 0.2]},
+            "one number from 0 to 1 per timestep .2 of num_train_timesteps=1000",
+        ),
+        ("sd15", SCHEDULER, {"trained_betas": [-0.1] * 1000}, "one number from 0 to 1 per timestep"),
+        ("sd15", SCHEDULER, {"prediction_type": None}, "unknown prediction_type null: use one of epsilon"),
+        ("sd3", SCHEDULER, {"num_train_timesteps": None}, "num_train_timesteps is null: set a whole number"),
+        ("sd15", SCHEDULER, {"num_train_timesteps": 0}, "num_train_timesteps is 0"),
     ],
 )
 def test_pipelines_that_cannot_be_distilled(whole, tmp_path, kind, file, values, words):
     check_pipeline(whole[kind])
     with pytest.raises(ModelError, match=words):
         check_pipeline(edited(whole[kind], tmp_path / "p", file, **values))
+
+
+def test_configurations_that_are_no_objects(whole, tmp_path):
+    folder = shutil.copytree(whole["sd15"], tmp_path / "p")
+    for text, words in (
+        (b"[]", "holds a JSON list, an object is expected"),
+        ("{}".encode("utf-16"), "not JSON"),
+        (LFS, "only the Git LFS pointer"),
+    ):
+        (folder / "model_index.json").write_bytes(text)
+        with pytest.raises(ModelError, match=f"model_index.json: {words}"):
+            check_pipeline(folder)
+
+
+def test_schedules_as_diffusers_makes_them(whole, tmp_path):
+    """trained_betas alone, and a schedule's length where the file leaves it out."""
+    betas = torch.linspace(0.001, 0.02, 50).tolist()
+    values = {"trained_betas": betas, "num_train_timesteps": 50, "beta_start": DROP, "beta_schedule": "mine"}
+    folder = edited(whole["sd15"], tmp_path / "betas", SCHEDULER, **values)
+    schedule = load_schedule(check_pipeline(folder))
+    assert torch.allclose(schedule.alphas**2, (1 - torch.tensor(betas)).cumprod(0)) and schedule.steps == 50
+    scheduler = generator_scheduler(folder, (39,))
+    assert torch.equal(scheduler.betas, torch.tensor(betas[:40]))
+    sampler = Sampler.load(folder, 8, torch.float32, CPU)
+    assert torch.equal(sampler.scheduler(50).betas, torch.tensor(betas))
+    with pytest.raises(ModelError, match="sample.steps=51: the pipeline's schedule has 50 timesteps: set at most 50"):
+        sampler.scheduler(51)
+    flow = edited(whole["sd3"], tmp_path / "flow", SCHEDULER, num_train_timesteps=DROP)
+    assert load_schedule(check_pipeline(flow)).last == 1000
+    assert generator_scheduler(flow, (1000,)).config.num_train_timesteps == 1000
 
 
 @pytest.mark.parametrize(
@@ -143,7 +209,7 @@ def test_variants(whole, tmp_path, shard):
     half.save_pretrained(tmp_path / "p", variant="fp16", max_shard_size=shard)
     folder, unet = tmp_path / "p", tmp_path / "p" / "unet"
     assert (len(weight_files(unet, "fp16")) > 1) == (shard == "200KB")
-    with pytest.raises(ModelError, match="has neither diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ModelError, match="of the variant fp16 only: set variant=fp16"):
         weight_files(unet)
     check_fit(check_pipeline(folder, "fp16"), 8, (399,), "fp16")
     assert all(".fp16" in f.name for f in weight_files(unet, "fp16"))
