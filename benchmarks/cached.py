@@ -18,6 +18,7 @@ from data.digits import build_digits
 from data.encoded import EXTENSION, RECORD_KEY, pack_tensors
 from data.loader import Batches
 from data.sampling_order import BatchSplit
+from data.settings import DataSettings
 from data.shard_dataset import ShardDataset
 from data.shard_patterns import expand
 from data.shard_writer import write_shards
@@ -69,7 +70,7 @@ def main() -> None:
         build_digits(root / "digits")
         build_miniature(MiniatureSettings()).save_pretrained(root / "pipeline")
         plain, full = root / "digits" / "train-*.tar", root / "full"
-        encoding = Encoding(root / "pipeline", 8, True, "fp32", "", part.device)
+        encoding = Encoding(root / "pipeline", DataSettings(resolution=8), True, "fp32", "", part.device)
         began = time.perf_counter()
         encode_shards(expand(str(plain)), full, encoding, part, BATCH, 0)
         print(f"encoded once in {time.perf_counter() - began:.1f} s")

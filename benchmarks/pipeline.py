@@ -8,7 +8,7 @@ from torchvision.io import encode_png
 
 from data.shard_writer import write_shards
 from models.architecture import FACTS, TEXT_ENCODERS
-from models.families import read_json
+from models.files import read_json
 from models.tokenizer import clip_tokenizer
 
 # SDXL's topology (three levels; 0, 2 and 10 transformer layers; text_time conditioning) at a twentieth of its widths.

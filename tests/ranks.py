@@ -13,10 +13,13 @@ import support
 import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
+from ranks_average import average  # noqa: F401 (found by name)
 from ranks_elastic import elastic_load, elastic_save, write_failure  # noqa: F401 (found by name)
+from ranks_traffic import traffic  # noqa: F401 (found by name)
 
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
-from models.pipeline import WEIGHTS_FILE, empty_network, load_network
+from models.files import WEIGHTS_FILE
+from models.pipeline import empty_network, load_network
 from trainer.config.deepspeed import deepspeed_config
 from trainer.distributed.logs import no_progress_bars
 from trainer.distributed.world import World, barrier, finish, start
@@ -97,8 +100,11 @@ class DyingNetworks(Networks):
 
 def poison(root, world):
     """A gradient that is not finite, on one rank of two."""
-    run = support.single(root, "poison-zero2", world, *support.zero("zero2"), "backtrack.steps=4")
-    support.save(support.poisoned(run, (1,), rank=1), root / "poison" / "zero2.pt", world)
+    sharded = support.sharded_zero3(root / "poison")
+    for stage, precision in (("zero2", "fp32"), *((stage, "bf16") for stage in ("zero0", "zero1", "zero2", sharded))):
+        name, flags = f"{Path(stage).stem}-{precision}", (f"precision={precision}", "backtrack.steps=4")
+        run = support.single(root, f"poison-{name}", world, *support.zero(stage), *flags)
+        support.save(support.poisoned(run, (1,), rank=1), root / "poison" / f"{name}.pt", world)
 
 
 def gan(root, world):

@@ -22,12 +22,11 @@ from models.noise import Draws
 from models.objectives import OBJECTIVES, Scores
 from models.pipeline import empty_network
 from trainer.checkpoint.directory import RAW, WEIGHTS, CheckpointDirectory
-from trainer.config.deepspeed import micro_batch
+from trainer.config.deepspeed import check_split
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier
 from trainer.engine.save_weights import Snapshot
 from trainer.entry import exit_with, run_verb
-from trainer.errors import UserError
 from trainer.export import export_generator
 from trainer.path.manifest import DegradationPath, open_path
 from trainer.path.target import Target
@@ -133,9 +132,8 @@ class Backtracking(DenoiserStage):
         teacher, path = run.weights_hash(run.teacher_folder), None
         if settings.path != "none":
             hashes, timesteps = (teacher, run.weights_hash(run.start_folder)), run_settings.student_timesteps
-            path = open_path(
-                run_settings.path_folder, run.teacher_folder, hashes, timesteps, run.world, run_settings.lora
-            )
+            about = hashes, timesteps, run.world, run_settings.lora, run.digest
+            path = open_path(run_settings.path_folder, run.teacher_folder, *about)
         gan = run_settings.gan
         super().__init__("backtrack", run, settings, images=gan.enabled, pipeline=run.pipeline_folder)
         self.update_every = {"generator": settings.fake_updates}
@@ -217,9 +215,9 @@ class Backtracking(DenoiserStage):
             return self.grid(partial(self.sampler.generator_images, self.generator, timesteps=self.student.timesteps))
 
     def snapshots(self) -> dict[str, Callable[[], Snapshot | None]]:
-        found = {WEIGHTS: partial(self.average.snapshot, self.run.dtype)}
+        found = {WEIGHTS: self.average.snapshot}
         if self.settings.save_raw:
-            found[RAW] = partial(self.generator.snapshot, dtype=self.run.dtype)
+            found[RAW] = lambda: self.generator.snapshot(self.generator.masters.local(), torch.float32)
         return found
 
     def close(self) -> None:
@@ -230,14 +228,7 @@ class Backtracking(DenoiserStage):
 def check(run: Run) -> None:
     """Refuses what would fail later, before anything is loaded. Raises UserError, ModelError."""
     settings = run.settings.backtrack
-    micro = micro_batch(settings.batch, settings.accumulation, run.world.size, "backtrack")
-    if micro % settings.generator_split:
-        fits = ", ".join(str(n) for n in range(1, micro + 1) if micro % n == 0)
-        raise UserError(
-            f"backtrack.generator_split={settings.generator_split} does not divide the micro-batch of {micro} (batch "
-            f"{settings.batch} over {run.world.size} processes x {settings.accumulation} accumulation steps): use one of "
-            f"{fits}"
-        )
+    check_split(settings.generator_split, settings.batch, settings.accumulation, run.world.size)
     if run.settings.gan.enabled:
         feature_module(empty_network(run.teacher_folder))
     run.check_lora(run.teacher_folder, run.start_folder)
@@ -247,15 +238,15 @@ def backtrack(run: Run) -> None:
     """Distils the generator and writes `generator/`, a pipeline that makes an image in one step or in the generator's
     several."""
     run.require_pipeline()
-    folder = run.stage_folder("backtrack")
-    stage = Backtracking(run)
-    seconds = train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)
-    if run.world.main:
-        checkpoints = CheckpointDirectory(folder)
-        note = {"checkpoint": checkpoints.latest(), "weights": "ema", "train_seconds": seconds}
-        export_generator(run, checkpoints.latest_weights(), run.folder / "generator", note)
-        log.info(f"backtrack: {stage.steps} steps in {seconds:.0f} s; wrote {run.folder / 'generator'}")
-    barrier(run.world)
+    with run.training("backtrack") as folder:
+        stage = Backtracking(run)
+        seconds = train(stage, run.settings.backtrack.loop, run.settings.health, folder, run.world)
+        if run.world.main:
+            checkpoints = CheckpointDirectory(folder)
+            note = {"checkpoint": checkpoints.latest(), "weights": "ema", "train_seconds": seconds}
+            export_generator(run, checkpoints.latest_weights(), run.folder / "generator", note)
+            log.info(f"backtrack: {stage.steps} steps in {seconds:.0f} s; wrote {run.folder / 'generator'}")
+        barrier(run.world)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,8 @@ import yaml
 
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.config.load import load_settings
-from trainer.distributed.launch import Children, command, locked
+from trainer.distributed.launch import Children, command
+from trainer.distributed.lock import locked
 from trainer.distributed.logs import duration
 from trainer.entry import FAILED, STOPPED, USER_MISTAKE, Parser, exit_with, guarded
 from trainer.errors import Stopped, UserError

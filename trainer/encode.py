@@ -1,6 +1,5 @@
 """`disback shards --encode`: latents and text states of shards, computed once instead of in every training step."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.encoded import EXTENSION, RECORD_KEY, encoding_of, pack_tensors
 from data.errors import DataError
+from data.settings import DataSettings
 from data.shard_dataset import SampleError, ShardDataset
 from data.shard_index import load_index
 from data.shard_writer import write_shard
@@ -20,6 +20,7 @@ from models.compile import set_tf32
 from models.sampler import Sampler
 from models.validate import check_fit, check_pipeline
 from trainer.distributed.logs import duration
+from trainer.distributed.rendezvous import check_group
 from trainer.errors import RankError, UserError
 from trainer.training.inputs import fingerprint
 
@@ -36,18 +37,15 @@ class Part:
 
     @classmethod
     def of_environment(cls) -> "Part":
-        """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises UserError."""
-        rank, size, local = (
-            os.environ.get(name, d) for name, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        )
-        try:
-            rank, size, local = int(rank), int(size), int(local)
-        except ValueError as error:
-            raise UserError(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}: must be whole numbers") from error
-        if not 0 <= rank < size:
-            raise UserError(f"RANK={rank} is not one of WORLD_SIZE={size} processes: set 0 to {size - 1}")
+        """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises UserError or NodeTrouble unless all processes are
+        there."""
         gpus = torch.cuda.device_count()
-        return cls(rank, size, torch.device("cuda", local % gpus) if gpus else torch.device("cpu"))
+        rank, size, local = check_group("a GPU" if gpus else "cpu")
+        if not gpus:
+            return cls(rank, size, torch.device("cpu"))
+        device = torch.device("cuda", local % gpus)
+        torch.cuda.set_device(device)  # some kernels start on the current GPU, whatever the tensors' GPU is
+        return cls(rank, size, device)
 
 
 class _Rows(Dataset):
@@ -93,18 +91,28 @@ class Encoding:
     The autoencoder computes in float32; the text encoders compute, and everything is stored, in `precision`.
     """
 
-    def __init__(self, pipeline: Path, resolution: int, text: bool, precision: str, variant: str, device: torch.device):
-        """precision: "bf16" or "fp32". Raises ModelError for a pipeline that is incomplete or does not fit the
-        resolution."""
+    def __init__(
+        self,
+        pipeline: Path,
+        data: DataSettings,
+        text: bool,
+        precision: str,
+        variant: str,
+        device: torch.device,
+    ):
+        """data: the resolution, and where images and captions are. precision: "bf16" or "fp32". Raises ModelError for a
+        pipeline that is incomplete or does not fit the resolution."""
+        resolution = data.resolution
         check_fit(check_pipeline(pipeline, variant), resolution, (), variant)
         set_tf32(precision != "fp32")
-        self.resolution, self.text = resolution, text
+        self.data, self.resolution, self.text = data, resolution, text
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.made_by = {
             "resolution": resolution,
             "vae": fingerprint(pipeline, "vae", variant),
             "text": fingerprint(pipeline, "text", variant) if text else None,
             "precision": precision,
+            "captions": data.caption_source,
         }
         self.sampler = Sampler.load(pipeline, resolution, self.dtype, device, variant)
 
@@ -160,17 +168,20 @@ def encode_shards(paths: list[Path], out: Path, encoding: Encoding, part: Part, 
         )
     if any(path.resolve().parent == out.resolve() for path in paths):
         raise UserError(f"--out {out} holds the shards themselves: choose another folder")
-    mine = paths[part.rank :: part.size]
+    empty = [path for path in paths[part.rank :: part.size] if not len(load_index(path))]
+    mine = [path for path in paths[part.rank :: part.size] if path not in empty]
     missing = [path for path in mine if not _exists(out / path.name, encoding)]
     progress = Progress(sum(len(load_index(path)) for path in missing), part)
     if len(missing) < len(mine):
         progress.print(f"{len(mine) - len(missing)} of {len(mine)} shards already exist")
+    if empty:
+        progress.print(f"skips {len(empty)} empty shards: {', '.join(path.name for path in empty)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be created: {error.strerror}: choose another folder") from error
     for number, path in enumerate(missing, 1):
-        dataset = ShardDataset([path], encoding.resolution, ("image", "caption", "meta"))
+        dataset = ShardDataset([path], encoding.resolution, ("image", "caption", "meta"), 0, **encoding.data.keys)
         rejects = Counter(dataset.rejected)
         try:
             write_shard(encoding.samples(dataset, batch, workers, progress, rejects), out / path.name)
@@ -180,7 +191,7 @@ def encode_shards(paths: list[Path], out: Path, encoding: Encoding, part: Part, 
 
 
 def _exists(tar: Path, encoding: Encoding) -> bool:
-    if not tar.exists():
+    if not tar.exists() or not len(load_index(tar)):  # empty: no sample of its source was usable
         return False
     record = encoding_of(load_index(tar))
     if record == encoding.made_by:

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 from torchvision.io import write_png
 
-from models.pipeline import INFO_FILE
+from models.files import INFO_FILE
 from trainer.checkpoint.directory import RAW, WEIGHTS, CheckpointDirectory
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier, from_main
@@ -180,7 +180,7 @@ def draw_nodes(job: Evaluation) -> None:
     over the ranks; those that are there are not drawn again."""
     run, count = job.run, job.run.settings.evaluate.node_images
     manifest = run.settings.path_folder / MANIFEST
-    if not count or run.settings.backtrack.path == "none" or not manifest.exists():
+    if not count or run.settings.backtrack.path != "walk" or not manifest.exists():  # not once more for each ablation
         return
     captions = (run.settings.sample.prompts or [prompt.text for prompt in job.prompts[:CAPTIONS]])[:count]
     folder = job.results.folder / "nodes"

@@ -2,24 +2,29 @@
 model card; and its upload to the Hugging Face hub."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from models.generator_pipeline import write_generator_pipeline
-from models.lora import is_adapter, load_merged
-from models.pipeline import LORA_FOLDER
+from models.files import LORA_FOLDER
+from models.generator_pipeline import OutOfRangeError, copy_rounded, save_rounded, write_generator_pipeline
+from models.lora import load_merged
+from models.lora_files import is_adapter
 from trainer import VERSION
 from trainer.checkpoint.directory import CheckpointDirectory, step_of
 from trainer.config.schema import RunSettings
+from trainer.distributed.logs import log
 from trainer.entry import exit_with, run_verb
 from trainer.errors import UserError
 from trainer.evaluation.model_card import CARD, HUB, licence_files, write_card
 from trainer.training.hub import HUB_ID
 from trainer.training.run import Run
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WRITE_TOKEN = "create a token with write access at https://huggingface.co/settings/tokens"
 LOG_IN = f"{WRITE_TOKEN}, then run `hf auth login` or set HF_TOKEN"
 
@@ -28,16 +33,34 @@ def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool
     """Writes the pipeline of a generator, with its model card, and returns the call that makes an image with it.
 
     weights: its denoiser folder, or its LoRA folder, which is merged into the network that it started from or, without
-    `merge`, put beside it as `lora/`. note: what else the pipeline's note says; it needs `checkpoint`, the name.
+    `merge`, put beside it as `lora/`. Sums are in float32, and rounded once, to `export.dtype`. note: what else the
+    pipeline's note says; it needs `checkpoint`, the name. Raises UserError for weights that this dtype cannot hold.
     """
-    s, network, lora = run.settings, weights, None
+    wanted, precision = run.settings.export.dtype, run.settings.precision
+    if wanted != "auto":
+        try:
+            return _export(run, weights, out, note, merge, DTYPES[wanted])
+        except OutOfRangeError as error:
+            raise UserError(
+                f"export.dtype={wanted}: {weights}: {error}: run `disback export` with --dtype fp32"
+            ) from error
+    if precision != "fp32":
+        try:
+            return _export(run, weights, out, note, merge, torch.float16)
+        except OutOfRangeError as error:
+            log.warning(f"export.dtype=auto: {weights}: {error}: the export is in float32")
+    return _export(run, weights, out, note, merge, torch.float32)
+
+
+def _export(run: Run, weights: Path, out: Path, note: dict, merge: bool, dtype: torch.dtype) -> str:
+    s, network, lora = run.settings, partial(copy_rounded, weights, dtype), None
     if is_adapter(weights) and merge:
 
         def network(folder: Path) -> None:
-            load_merged(run.start_folder, weights, run.dtype, s.variant).save_pretrained(folder)
+            save_rounded(load_merged(run.start_folder, weights, torch.float32, s.variant), dtype, folder)
 
     elif is_adapter(weights):
-        network, lora = run.start_folder, weights
+        network, lora = run.start_folder, network
     teacher = run.pipeline_folder
 
     def finish(folder: Path) -> None:
@@ -45,7 +68,8 @@ def export_generator(run: Run, weights: Path, out: Path, note: dict, merge: bool
             shutil.copyfile(file, folder / file.name)
         write_card(run.folder, folder, out)
 
-    note = note | {"resolution": s.data.resolution} | describe_teacher(s, teacher)
+    note = note | {"resolution": s.data.resolution, "dtype": str(dtype).removeprefix("torch.")}
+    note |= describe_teacher(s, teacher)
     if s.export.push_to_hub:
         note["repository"] = s.export.push_to_hub
     return write_generator_pipeline(teacher, network, s.student_timesteps, out, note, s.variant, lora, finish)
@@ -158,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         "--checkpoint": ("export.checkpoint", "NAME"),
         "--out": ("export.out", "DIR"),
         "--no-merge": ("export.merge=false", ""),
+        "--dtype": ("export.dtype", "TYPE"),
         "--push-to-hub": ("export.push_to_hub", "OWNER/NAME"),
     }
     return run_verb("export", "Writes a diffusers pipeline of a checkpoint.", export, argv, flags)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from models.conditioning import image_time_ids
 from models.denoise import denoising_loss
 from models.families import family_of
 from models.miniature import build_miniature
+from models.offload import to_device
 from models.pipeline import replace_folder
 from trainer.checkpoint.directory import WEIGHTS, CheckpointDirectory
 from trainer.distributed.logs import log
@@ -35,8 +35,8 @@ class Pretraining(DenoiserStage):
         for batch in self.micro_batches():
             draws = self.noise.at(step, batch.index)
             x0 = batch_latents(batch, self.sampler, draws.normal("posterior", self.sampler.latent_shape))
-            time_ids = image_time_ids(batch.original_sizes, batch.crops, self.sampler.resolution)
-            cond = self.encode(batch, time_ids.to(self.world.device))
+            sizes, crops = (to_device(x, self.world.device) for x in (batch.original_sizes, batch.crops))
+            cond = self.encode(batch, image_time_ids(sizes, crops, self.sampler.resolution))
             cond = cond.dropped(draws.uniform("dropout") < self.settings.caption_dropout)
             t = self.schedule.timesteps(draws.uniform("t"))
             eps = draws.normal("eps", tuple(x0.shape[1:]))
@@ -48,6 +48,8 @@ class Pretraining(DenoiserStage):
     def __init__(self, run: Run, start: Path):
         settings = run.settings.pretrain
         super().__init__("pretrain", run, settings, images=True, pipeline=start)
+        if settings.loop.sample_every:
+            self.sampler.scheduler(run.settings.sample.steps)  # refuses too many before the first grid
         folder = start / self.sampler.text.family.part
         self.teacher = self.add_role(self.builder.build("teacher", folder, settings.ds_config, settings.optimizer))
         self.average = WeightAverage(self.teacher, settings.ema)
@@ -64,7 +66,7 @@ class Pretraining(DenoiserStage):
             )
 
     def snapshots(self) -> dict[str, Callable[[], Snapshot | None]]:
-        return {WEIGHTS: partial(self.average.snapshot, self.run.dtype)}
+        return {WEIGHTS: self.average.snapshot}
 
 
 def _start(run: Run, folder: Path) -> Path:
@@ -96,21 +98,22 @@ def pretrain(run: Run) -> None:
         if run.world.main:
             print(f"{out} exists: nothing to do (name another run folder to train another teacher)")
         return
-    start = _start(run, run.stage_folder("pretrain"))
-    folder = run.stage_folder("pretrain")  # the autoencoder's training logged to its own folder
-    stage = Pretraining(run, start)
-    seconds = train(stage, run.settings.pretrain.loop, run.settings.health, folder, run.world)
-    if run.world.main:
-        temporary = out.with_name("pipeline.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        part = family_of(start).part
-        shutil.copytree(start, temporary, ignore=shutil.ignore_patterns(part, "autoencoder.json"))
-        shutil.copytree(CheckpointDirectory(folder).latest_weights(), temporary / part)
-        note = {"train_seconds": seconds, "steps": stage.steps}
-        (temporary / "disback.json").write_text(json.dumps(note, indent=2) + "\n")
-        replace_folder(temporary, out)
-        log.info(f"pretrain: wrote {out}")
-    barrier(run.world)
+    with run.training("pretrain") as folder:
+        start = _start(run, folder)
+        folder = run.stage_folder("pretrain")  # the autoencoder's training logged to its own folder
+        stage = Pretraining(run, start)
+        seconds = train(stage, run.settings.pretrain.loop, run.settings.health, folder, run.world)
+        if run.world.main:
+            temporary = out.with_name("pipeline.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            part = family_of(start).part
+            shutil.copytree(start, temporary, ignore=shutil.ignore_patterns(part, "autoencoder.json"))
+            shutil.copytree(CheckpointDirectory(folder).latest_weights(), temporary / part)
+            note = {"train_seconds": seconds, "steps": stage.steps}
+            (temporary / "disback.json").write_text(json.dumps(note, indent=2) + "\n")
+            replace_folder(temporary, out)
+            log.info(f"pretrain: wrote {out}")
+        barrier(run.world)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -124,10 +124,10 @@ def record(run: Run) -> None:
         if run.world.main:
             print(f"{root / MANIFEST} exists: nothing to do (set another `path` or `run` to record again)")
         return
-    folder = run.stage_folder("record")
-    stage = Recording(run)
-    seconds = train(stage, run.settings.record.loop, run.settings.health, folder, run.world)
-    nodes = stage.write_path()
+    with run.training("record", root) as folder:
+        stage = Recording(run)
+        seconds = train(stage, run.settings.record.loop, run.settings.health, folder, run.world)
+        nodes = stage.write_path()
     if run.world.main:
         spots = ", ".join(f"{n.index}: step {n.step}, distance {n.distance_to_node_0:.4f}" for n in nodes)
         log.info(f"record: {len(nodes)} nodes ({spots}) in {root} after {seconds:.0f} s")

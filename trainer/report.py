@@ -1,12 +1,13 @@
 """`disback report`: one self-contained HTML page of a run and the runs it is compared with. No torch, no process group."""
 
 import html
-import os
+import sys
 import textwrap
 from pathlib import Path
 
 from trainer.checkpoint.files import write_text
 from trainer.config.schema import RunSettings
+from trainer.distributed.group import ALONE, set_environment
 from trainer.entry import exit_with, settings_verb
 from trainer.errors import UserError
 from trainer.evaluation.plots import curves, prompt_rows, score_curves
@@ -149,7 +150,9 @@ def _compared(settings: RunSettings, main: Results) -> list[Results]:
 def report(settings: RunSettings) -> None:
     """Writes report.html, figure.png and summary.json into the run folder and prints the tables. Under a launcher, rank 0
     does it."""
-    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
+    rank, size, _ = set_environment()
+    if rank:
+        print(f"rank {rank} of {size}: rank 0 writes the report ({ALONE})", file=sys.stderr)
         return
     main = Results(settings.folder, settings.evaluate.folder)
     groups = group_runs(_compared(settings, main))

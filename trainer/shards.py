@@ -4,9 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.shard_patterns import expand
+from data.settings import DataSettings
+from data.shard_patterns import expand, not_read
+from trainer.distributed.group import set_environment
+from trainer.distributed.launchers import end_with_launcher
 from trainer.distributed.logs import no_progress_bars
-from trainer.entry import Parser, exit_with, guarded
+from trainer.entry import Parser, exit_with, guarded, path_argument, pattern_argument
 from trainer.errors import UserError
 
 # Each action imports what it alone needs: only --validate and --encode load torch.
@@ -35,9 +38,13 @@ def images(args: argparse.Namespace) -> None:
 
     if not args.out:
         raise UserError("--images needs --out DIR, the folder for the shards")
+    if args.per_shard < 1:
+        raise UserError(f"--per-shard {args.per_shard}: must be at least 1")
     made = build_from_folder(args.images, args.captions, args.out, args.per_shard)
-    rejects = made["rejects"] or "none"
-    print(f"{args.out}: {made['samples']} samples in {len(made['shards'])} shards; left out: {rejects}")
+    print(
+        f"{args.out}: {made['samples']} samples in {len(made['shards'])} shards; left out: {made['rejects'] or 'none'}; "
+        f"not read: {made['ignored'] or 'nothing'}"
+    )
 
 
 def index(args: argparse.Namespace) -> None:
@@ -53,28 +60,50 @@ def index(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> None:
     from data.validate import validate as check
 
-    report = check(expand(args.validate, "--validate"), args.decode)
+    report = check(expand(args.validate, "--validate"), args.decode, _data_settings(args))
     print(
         f"{report['shards']} shards, {report['samples']} usable samples, {report['bytes'] / 1e6:.1f} MB, captions "
         f"of {report['caption_mean_length']:.0f} characters; rejected: {report['rejects'] or 'none'}"
     )
+    if report["empty"]:
+        print(f"empty shards: {', '.join(report['empty'])}")
+    _tell_not_read(args.validate)
     if report["broken"]:
         raise UserError("; ".join(report["broken"].values()))
+    if not report["samples"]:
+        raise UserError(f"--validate {args.validate}: no usable sample: build the shards again")
+
+
+def _data_settings(args: argparse.Namespace) -> DataSettings:
+    if args.resolution is not None and args.resolution < 8:
+        raise UserError(f"--resolution {args.resolution}: must be at least 8")
+    return DataSettings(**{key: value for key in DATA_OPTIONS if (value := getattr(args, key)) is not None})
+
+
+def _tell_not_read(patterns: str) -> None:
+    if found := not_read(patterns):
+        print(f"not read: {dict(found)}")
 
 
 def encode(args: argparse.Namespace) -> None:
     if missing := [name for name in ("pipeline", "resolution", "out") if not getattr(args, name)]:
         raise UserError(f"--encode needs --{' and --'.join(missing)}")
-    if args.resolution < 8 or args.batch < 1 or args.workers < 0:
-        raise UserError("--encode: --resolution is at least 8, --batch at least 1, --workers at least 0")
+    if args.batch < 1 or args.workers < 0:
+        raise UserError("--encode: --batch is at least 1, --workers at least 0")
+    data = _data_settings(args)
+    set_environment()
+    end_with_launcher()
     from trainer.encode import Encoding, Part, encode_shards
 
     paths, part = expand(args.encode, "--encode"), Part.of_environment()
     no_progress_bars()
-    encoding = Encoding(Path(args.pipeline), args.resolution, args.text, args.precision, args.variant, part.device)
+    encoding = Encoding(args.pipeline, data, args.text, args.precision, args.variant, part.device)
+    if part.rank == 0:
+        _tell_not_read(args.encode)
     encode_shards(paths, args.out, encoding, part, args.batch, args.workers)
 
 
+DATA_OPTIONS = ("resolution", "image_keys", "caption_key", "caption_field")  # fields of DataSettings
 ACTIONS = {"emoji": emoji, "digits": digits, "images": images, "index": index, "validate": validate, "encode": encode}
 
 
@@ -85,25 +114,50 @@ def _parser() -> Parser:
     what.add_argument(
         "--digits", action="store_true", help="scikit-learn's 1,797 handwritten digits, for the small demo"
     )
-    what.add_argument("--images", type=Path, metavar="DIR", help="every image below a folder, with its caption")
     what.add_argument(
-        "--index", metavar="SHARDS", help="(re)build the index of a folder, glob or brace pattern of tars"
+        "--images", type=path_argument, metavar="DIR", help="every image below a folder, with its caption"
     )
-    what.add_argument("--validate", metavar="SHARDS", help="count samples and rejects; fails where a shard is broken")
-    what.add_argument("--encode", metavar="SHARDS", help="latents (and text states) of shards as new shards in --out")
-    parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help="with --images: .json, .jsonl or .tsv of captions"
+    what.add_argument(
+        "--index",
+        type=pattern_argument,
+        metavar="SHARDS",
+        help="(re)build the index of a folder, glob or brace pattern of tars",
+    )
+    what.add_argument(
+        "--validate",
+        type=pattern_argument,
+        metavar="SHARDS",
+        help="count samples and rejects; fails where a shard is broken",
+    )
+    what.add_argument(
+        "--encode",
+        type=pattern_argument,
+        metavar="SHARDS",
+        help="latents (and text states) of shards as new shards in --out",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder to write into (default for --emoji and --digits: shards/emoji, shards/digits)"
+        "--captions", type=path_argument, metavar="FILE", help="with --images: .json, .jsonl or .tsv of captions"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        help="folder to write into (default for --emoji and --digits: shards/emoji, shards/digits)",
     )
     parser.add_argument("--per-shard", type=int, default=1000, help="samples per shard (default 1000)")
     parser.add_argument("--decode", action="store_true", help="with --validate: decode every image too")
+    reading = parser.add_argument_group("with --validate and --encode, as in the data settings of a run")
+    reading.add_argument("--resolution", type=int, help="side of the square images in pixels (--validate: 1024)")
+    reading.add_argument(
+        "--image-keys", type=lambda text: text.split(","), metavar="EXT,...", help="extensions of images"
+    )
+    reading.add_argument("--caption-key", metavar="EXT", help="extension of captions (default txt)")
+    reading.add_argument("--caption-field", metavar="NAME", help="field of the .json that has the caption")
     encoding = parser.add_argument_group(
         "with --encode (split over processes by RANK and WORLD_SIZE, as torchrun sets them)"
     )
-    encoding.add_argument("--pipeline", metavar="FOLDER", help="pipeline whose autoencoder and text encoders are used")
-    encoding.add_argument("--resolution", type=int, help="side of the square images in pixels, as data.resolution")
+    encoding.add_argument(
+        "--pipeline", type=path_argument, metavar="FOLDER", help="pipeline whose autoencoder and text encoders are used"
+    )
     encoding.add_argument("--text", action="store_true", help="encode the captions too")
     encoding.add_argument("--variant", default="", help="of the pipeline's weight files, such as fp16")
     encoding.add_argument(
@@ -123,6 +177,11 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         if args.captions and not args.images:
             raise UserError("--captions FILE goes with --images DIR")
+        if not (args.validate or args.encode) and any(getattr(args, key) is not None for key in DATA_OPTIONS):
+            options = ", ".join(f"--{key.replace('_', '-')}" for key in DATA_OPTIONS)
+            raise UserError(f"{options} go with --validate and --encode")
+        if not 0 <= args.seed < 2**32:
+            raise UserError(f"--seed {args.seed}: must be from 0 to {2**32 - 1}")
         chosen = [action for name, action in ACTIONS.items() if getattr(args, name)]
         if not chosen:
             raise UserError(f"say what to do: --{', --'.join(ACTIONS)} (see --help)")

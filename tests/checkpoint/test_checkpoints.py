@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import support
+import torch
 from ranks_elastic import stop_recording
+from safetensors.torch import load_file
 
+from models.architecture import find_architecture
 from trainer.checkpoint import directory
 from trainer.checkpoint.collective_errors import DeferredErrors
 from trainer.errors import RankError, UserError
+from trainer.planner.stages import BacktrackPlan
 from trainer.record import record
 from trainer.training.run import Run
 
@@ -61,7 +65,7 @@ def test_rank_files_hold_nothing_that_could_run(kept):
 
 def test_a_damaged_checkpoint_names_the_way_back(root, world, kept, tmp_path):
     """The latest is cut short, the one before lacks a file: the message's own command goes back to the one before that,
-    and the run ends as it would have."""
+    and the run ends as it would have; also if an earlier version saved that one."""
     run, weights = kept
     folder = tmp_path / "backtrack"
     shutil.copytree(run.folder / "backtrack", folder)
@@ -74,6 +78,8 @@ def test_a_damaged_checkpoint_names_the_way_back(root, world, kept, tmp_path):
     command = str(caught.value).split("`")[1]
     assert command == f"echo step-00000006 > {folder / 'LATEST'}"
     subprocess.run(command, shell=True, check=True)
+    about = folder / "checkpoints" / "step-00000006" / "state.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"format": 3}))
     assert support.largest_difference(weights, support.backtrack_weights(again)) == 0.0
     assert whole(again) == [3, 6, 7, 8]  # what was damaged is written anew
 
@@ -167,6 +173,29 @@ def test_a_first_checkpoint_is_estimated(root, world, kept, small_disk):
         support.backtrack_weights(Run(support.tiny(root, str(disk), *QUICK), world))
     said = float(str(caught.value).split("about ")[1].split(" GB")[0]) * 1e9
     assert 0.95 < said / size_of(run) < 1.4
+
+
+def test_weights_for_evaluation_are_float32(root, world, monkeypatch):
+    """Also those of a bf16 run, whose training weights are not; the estimate of a first checkpoint and the plan count them."""
+    estimates, make_room = [], directory.CheckpointDirectory.make_room
+    monkeypatch.setattr(
+        directory.CheckpointDirectory,
+        "make_room",
+        lambda self, step, size: estimates.append(size) or make_room(self, step, size),
+    )
+    flags = (*QUICK, "precision=bf16", "backtrack.save_raw=true", "backtrack.steps=1", "backtrack.fake_updates=1")
+    run = support.single(root, "bf16-weights", world, *flags)
+    weights = support.backtrack_weights(run)
+    folder = checkpoints(run) / "step-00000001"
+    for name in ("weights", "weights-raw"):
+        state = load_file(folder / name / "diffusion_pytorch_model.safetensors")
+        assert all(value.dtype == torch.float32 for value in state.values())
+        assert any(not torch.equal(value, value.bfloat16().float()) for value in state.values())
+        live = "ema" if name == "weights" else "generator"
+        assert all(torch.equal(value.bfloat16().float(), weights[f"{live}.{key}"]) for key, value in state.items())
+    written = sum(json.loads((folder / "state.json").read_text())["files"].values())
+    planned = BacktrackPlan(run.settings, find_architecture(str(root / "base" / "pipeline")), 1).checkpoint
+    assert estimates[0] == pytest.approx(written, rel=0.1) and planned == pytest.approx(written, rel=0.1)
 
 
 def test_a_disk_that_fills_up_during_the_save(root, world, kept, small_disk, monkeypatch):

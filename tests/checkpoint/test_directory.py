@@ -1,6 +1,7 @@
 """The checkpoint directory alone: names, LATEST, what is complete, what is deleted. No torch, no training."""
 
 import json
+import re
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_damage_names_the_way_back(checkpoints):
     assert "there is no older intact one" in checkpoints.examine("step-00000002")[1]
     file = checkpoints.place(2) / ABOUT
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
-    assert "has format 1; this version reads format 3" in checkpoints.examine("step-00000002")[1]
+    assert "has format 1; this version reads formats 3 and 4" in checkpoints.examine("step-00000002")[1]
     file.write_text("{")
     assert "is damaged" in checkpoints.examine("step-00000002")[1]
 
@@ -102,10 +103,28 @@ def test_an_empty_latest_starts_nothing_over(checkpoints):
     save(checkpoints, 1)
     save(checkpoints, 2)
     checkpoints.latest_file.write_text("\n")
-    about, problem = checkpoints.examine(checkpoints.latest())
-    assert about is None and "LATEST is empty" in problem and "`echo step-00000002 > " in problem
-    with pytest.raises(UserError, match="no checkpoint"):
-        checkpoints.latest_weights()
+    lost = (("\n", "is empty"), ("\0" * 14, "names no checkpoint"), ("step-2", "names no checkpoint .'step-2'"))
+    for content, problem in (*lost, (b"\xff\xfe", "names no checkpoint"), (None, "is missing")):
+        if content is None:
+            checkpoints.latest_file.unlink()
+        else:
+            checkpoints.latest_file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        words = f"LATEST {problem}.*, but there are checkpoints: `echo step-00000002 > .*LATEST` resumes from the most recent"
+        about, told = checkpoints.examine(checkpoints.latest())
+        assert about is None and re.search(words, told)
+        with pytest.raises(UserError, match=words):  # as sampling and export say it
+            checkpoints.latest_weights()
+    (checkpoints.place(2) / "rank-00000.pt").unlink()  # that one is not whole
+    assert "`echo step-00000001 > " in checkpoints.examine("")[1]
+
+
+def test_a_latest_that_names_what_is_gone(checkpoints):
+    """Of what is there, the most recent before it; else the most recent."""
+    for step in (3, 4, 8):
+        save(checkpoints, step)
+    assert checkpoints.complete() == [4, 8]
+    assert "`echo step-00000004 > " in checkpoints.examine("step-00000006")[1]
+    assert "`echo step-00000008 > " in checkpoints.examine("step-00000002")[1]
 
 
 def test_what_a_killed_save_left_goes_before_the_next(checkpoints):

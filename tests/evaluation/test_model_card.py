@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torchvision.io import read_image, write_png
 
 from models.errors import ModelError
-from models.lora import CONFIG_FILE, adapter_metadata, adapter_parameters, add_adapter
-from models.pipeline import LORA_FILE, load_network
+from models.files import ADAPTER_CONFIG, LORA_FILE
+from models.lora import adapter_metadata, adapter_parameters, add_adapter
+from models.pipeline import load_network
 from models.settings import LoraSettings
 from trainer.config.load import load_settings
 from trainer.distributed.world import World
@@ -120,7 +121,7 @@ def test_a_card_of_a_teacher_from_the_hub(shards, pipeline, tmp_path, monkeypatc
     for private in (str(tmp_path), str(shards), str(pipeline), str(Path.home())):
         assert private not in text
     image = run_code(text, run.folder)
-    expected = support.plain(folder, torch_dtype=torch.bfloat16)(
+    expected = support.plain(folder, torch_dtype=torch.float16)(
         PROMPT, num_inference_steps=1, guidance_scale=0.0, generator=torch.Generator().manual_seed(5), output_type="np"
     ).images[0]
     assert np.array_equal(image, expected) and image.std() > 0
@@ -191,7 +192,7 @@ def test_a_lora_and_several_steps(shards, pipeline, tmp_path):
     state = {k: p.detach() + 0.1 * torch.randn(p.shape, generator=rng) for k, p in adapter_parameters(net).items()}
     metadata, config = adapter_metadata(net)
     save_file(state, weights / LORA_FILE, metadata)
-    (weights / CONFIG_FILE).write_text(config)
+    (weights / ADAPTER_CONFIG).write_text(config)
     export(run)
     export(exporting(run, merge=False, out=str(run.folder / "beside")))
     merged, beside = ((run.folder / name / "README.md").read_text() for name in ("generator", "beside"))

@@ -70,6 +70,9 @@ def main(tmp_path) -> Path:
 def test_a_report(main, tmp_path, capsys, monkeypatch):
     shared = {"path": str(main / "path"), "pipeline": str(main / "pipeline")}
     none = make_run(tmp_path / "none", "none", last=120, **shared)
+    launched = {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "1")
     assert run_report(main) == (0, None) and not capsys.readouterr().out
     monkeypatch.setenv("RANK", "0")
@@ -150,7 +153,7 @@ def test_raw_weights_published_numbers_and_seeds_show_in_the_curves(main, tmp_pa
     assert len({plain, *pictures}) == 4
 
 
-@pytest.mark.parametrize("name", ["<script>alert(1)<b> a\"b'&amp;", "two\nlines \u05d0\u202eb $x_1$ {a} %s"])
+@pytest.mark.parametrize("name", ["<script>alert(1)<b> a\"b'&amp;", "two\nlines \u05d0\u202eb $ x_1 $ {a} %s"])
 def test_names_and_captions_are_text(name, tmp_path, capsys):
     """Of the run's folder, of pipelines, prompts, protocols and warnings: nothing becomes an element."""
     main = make_run(tmp_path / name, prompts=NASTY, protocol=HELDOUT | {"protocol": NASTY[0]})

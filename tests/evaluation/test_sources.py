@@ -6,11 +6,13 @@ import pytest
 import support
 import torch
 
+from models.errors import ModelError
 from models.sampler import ImageNoise
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.evaluation.protocols import PROTOCOLS, Sampling, resolve
 from trainer.evaluation.sources import OpenPipeline, PipelineSource, find_source
+from trainer.pretrain import Pretraining
 from trainer.training.run import Run
 
 CPU = torch.device("cpu")
@@ -62,6 +64,23 @@ def test_a_pipeline_of_others_is_sampled_by_its_own_code(root):
         assert int(difference.max()) <= 1
     drawn = source.open(run, Sampling("batch-4")).images(captions[:1], 5, [0])
     assert torch.equal(drawn, opened.images(captions[:1], 5, [0]))  # row 0 of seed 5
+
+
+def test_more_steps_than_a_schedule_has(root):
+    """Refused before an image is made, whichever code would make it."""
+    other = root / "steps"
+    shutil.copytree(root / "base" / "pipeline", other)
+    (other / "disback.json").unlink()
+    run = Run(support.tiny(root, "many", "sample.steps=2000"), ALONE)
+    with pytest.raises(
+        ModelError, match="sample.steps=2000: the pipeline's schedule has 1000 timesteps: set at most 1000"
+    ):
+        find_source(run, "teacher").open(run)
+    with pytest.raises(UserError, match=f"sample.steps=2000: the scheduler of {other} cannot take them: .*1000"):
+        find_source(run, str(other)).open(run)
+    find_source(run, "start").open(run)  # a one-step generator ignores the setting
+    with pytest.raises(ModelError, match="sample.steps=2000"):
+        Pretraining(Run(support.tiny(root, "many", "sample.steps=2000", "pretrain.loop.sample_every=1"), ALONE), other)
 
 
 def test_names(root):

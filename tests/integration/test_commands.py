@@ -77,7 +77,7 @@ def test_exit_codes(monkeypatch, capsys, error, rank, code, line):
     def fail():
         raise error
 
-    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("trainer.distributed.group._rank", rank)
     monkeypatch.setattr(entry.time, "sleep", lambda seconds: None)
     assert entry.guarded(fail, debug=False) == code
     assert capsys.readouterr().err.endswith(line)
@@ -162,6 +162,8 @@ def test_shards_of_a_folder(tmp_path):
     done = support.call("shards", "--index", f"{tmp_path}/out")
     assert done.returncode == 0 and "1 samples, members json, png, txt" in done.stdout
     refused(support.call("shards"), "--digits")
+    refused(support.call("shards", *flags, "--per-shard", "0"), "--per-shard 0: must be at least 1")
+    refused(support.call("shards", "--digits", "--seed", "-1"), "--seed -1: must be from 0 to 4294967295")
 
 
 @pytest.mark.slow

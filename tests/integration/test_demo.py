@@ -14,7 +14,8 @@ import support
 import yaml
 
 from trainer.demo import CONFIGS, PRIOR_SECONDS, SECONDS, TimeLeft, plan
-from trainer.distributed.launch import Children, command, locked
+from trainer.distributed.launch import Children, command
+from trainer.distributed.lock import locked
 from trainer.errors import UserError
 
 
@@ -89,7 +90,7 @@ def test_the_first_rank_to_fail_has_the_exit_code(tmp_path):
 HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
-from trainer.distributed.launch import locked
+from trainer.distributed.lock import locked
 with locked(Path(sys.argv[1]), "the demo"):
     if os.fork() == 0:
         time.sleep(2)  # as the process that ends a killed demo's ranks does
@@ -105,7 +106,7 @@ def test_a_killed_demo_is_waited_for(tmp_path, capsys):
     with locked(file, "the demo"):
         assert "the demo was killed" in capsys.readouterr().err
         with (
-            pytest.raises(UserError, match=f"still running in {tmp_path} .process {os.getpid()}"),
+            pytest.raises(UserError, match=f"still running in {tmp_path} .process {os.getpid()} of .* on node "),
             locked(file, "the demo"),
         ):
             pass
@@ -140,7 +141,7 @@ def test_stopped_in_pretraining_and_started_again(tmp_path, monkeypatch):
 
     wait_for(step)
     refused = support.call("demo", "digits", *TINY)
-    assert refused.returncode == 2 and f"still running in runs/digits (process {first.pid})" in refused.stderr
+    assert refused.returncode == 2 and f"still running in runs/digits (process {first.pid} of " in refused.stderr
     first.send_signal(signal.SIGTERM)
     shown = first.communicate(timeout=120)[1]
     assert first.returncode == 75 and "  teacher 0/200  " in shown and "run the same command again" in shown

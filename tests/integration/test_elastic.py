@@ -130,7 +130,7 @@ def test_recut_to_the_bit(root, world, by_two, name, stage, precision, tmp_path)
     step, state = checkpoints.load(stage_.regroup)
     stage_.load_state_dict(state["stage"])
     before = stage_.generator.state_dict()
-    Checkpoints(tmp_path, world, stage_.roles, stage_.identity, stage_.split, keep).save(step, state, lambda: None)
+    Checkpoints(tmp_path, world, stage_.roles, stage_.identity, stage_.split, keep).save(step, state, {})
     stage_.close()
     old, new = folder / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000003"
     names = [key for key, _ in stage_.generator.trained_parameters()]

@@ -6,7 +6,7 @@ import pytest
 import support
 import torch
 
-from models.pipeline import WEIGHTS_FILE
+from models.files import WEIGHTS_FILE
 from trainer.backtrack import Backtracking
 from trainer.engine.save_weights import Snapshot
 from trainer.errors import UserError

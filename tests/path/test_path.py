@@ -1,7 +1,9 @@
 """The recorded path on disk, what is refused, and how nodes get into sharded engines."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import support
@@ -10,7 +12,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from support import ROUNDING, prediction
 
-from models.pipeline import empty_network, load_network, weights_hash
+from models.files import WEIGHTS_FILE
+from models.pipeline import empty_network, files_hash, load_network, weights_hash
 from trainer.backtrack import Backtracking
 from trainer.config.deepspeed import deepspeed_config
 from trainer.engine.role import Role
@@ -18,6 +21,7 @@ from trainer.errors import UserError
 from trainer.path.candidates import choose_nodes
 from trainer.path.manifest import file_hash, open_path
 from trainer.record import Recording, record
+from trainer.training import weight_hashes
 from trainer.training.loop import train
 from trainer.training.run import Run
 
@@ -105,6 +109,48 @@ def test_damaged_node(root, world, copy):
     file.write_bytes(raw)
     with pytest.raises(UserError, match="node 1 is damaged"):
         opened(root, world, copy)
+
+
+def test_unchanged_weights_are_hashed_once(root, world, copy, tmp_path, monkeypatch):
+    """A start hashes what is new to the run folder or has changed since, and a restart nothing; a changed node is found."""
+    read = []
+    monkeypatch.setattr(weight_hashes, "files_hash", lambda files: read.extend(files) or files_hash(files))
+    shutil.copytree(root / "base" / "pipeline", tmp_path / "pipeline")
+    for file in tmp_path.rglob("*.safetensors"):
+        os.utime(file, (1e9, 1e9))
+    flags = (f"run={tmp_path / 'run'}", f"pipeline={tmp_path / 'pipeline'}", f"path={copy}")
+    (tmp_path / "run").mkdir()
+
+    def start() -> list[Path]:
+        read.clear()
+        run = Run(support.tiny(root, "x", *flags), world)
+        hashes = run.weights_hash(run.teacher_folder), run.weights_hash(run.start_folder)
+        assert hashes == (weights_hash(run.teacher_folder), weights_hash(run.start_folder))
+        open_path(
+            copy, run.teacher_folder, hashes, run.settings.student_timesteps, world, run.settings.lora, run.digest
+        )
+        return read
+
+    nodes = [copy / f"node-000{i}" / WEIGHTS_FILE for i in (1, 2, 3)]
+    assert start() == [tmp_path / "pipeline" / "unet" / WEIGHTS_FILE, *nodes] and not start()
+    os.utime(nodes[1], (1e9 + 1, 1e9 + 1))
+    assert start() == nodes[1:2] and not start()
+    raw = bytearray(nodes[2].read_bytes())
+    raw[-7] ^= 255
+    nodes[2].write_bytes(raw)  # the same size
+    for _ in range(2):
+        with pytest.raises(UserError, match="node 3 is damaged"):
+            start()
+        assert read == nodes[2:]
+    (tmp_path / "run" / weight_hashes.FILE).write_text("{")  # of no use: everything is hashed
+    os.utime(nodes[0])
+    with pytest.raises(UserError, match="node 3 is damaged"):
+        start()
+    assert len(read) == 4
+    read.clear()
+    hashes = weight_hashes.WeightHashes(tmp_path / "run")
+    assert hashes(nodes[:1]) == hashes(nodes[:1]) == file_hash(nodes[0])
+    assert len(read) == 2  # so young that it may change once more within its file system's unit of time
 
 
 def test_manifest_that_is_not_json(root, world, copy):

@@ -177,6 +177,30 @@ def test_network_calls(root, world, flags, generator, target, encoder, full):
     assert 0.97 < share < 1  # the first layers' input gradients are not computed
 
 
+def test_images_are_encoded_before_there_is_a_graph(root, world, monkeypatch):
+    """One image at a time at 1024 px, and before the fake score's pass: nothing is in memory next to the autoencoder."""
+    run = support.single(root, "encoding", world, "gan.enabled=true", "backtrack.fake_updates=2")
+    stage = Backtracking(run)
+    monkeypatch.setattr(stage.sampler, "resolution", 1024)
+    assert stage.sampler.vae_batch == 1
+    monkeypatch.undo()
+    monkeypatch.setattr("models.sampler.VAE_PIXELS", 8**2)  # one image of this run
+    stage.begin(0)
+    calls = []
+    stage.sampler.vae.encoder.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+
+    def training(module, args):
+        if torch.is_grad_enabled() and not args[0].requires_grad:  # else in the generator's turn
+            calls.append("fake score")
+
+    stage.fake_score.module.register_forward_pre_hook(training)
+    for step in range(2):
+        calls.clear()
+        stage.update(step)
+        assert calls == [*[1] * stage.micro, "fake score", "fake score"]
+    stage.close()
+
+
 def losses(folder) -> list[dict]:
     """What must agree, from the lines of logging intervals (those of target switches have none)."""
     keys = ("loss/gan_generator", "loss/gan_head", "loss/fake_score", "grad_norm/fake_score", "mismatch")

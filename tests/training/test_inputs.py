@@ -8,6 +8,7 @@ import pytest
 import support
 import torch
 
+from data.encoded import encoding_of_shards
 from data.errors import DataError
 from data.loader import Batches
 from data.sampling_order import BatchSplit
@@ -19,12 +20,15 @@ from models.miniature import build_miniature
 from models.pipeline import load_network
 from models.settings import MiniatureSettings
 from trainer import shards as command
+from trainer.encode import Part
 from trainer.errors import UserError
 from trainer.pretrain import Pretraining
 from trainer.record import Recording
 from trainer.training.loop import train
 from trainer.training.run import Run
+from trainer.training.state_parts import SampleCounts
 
+LONG = ", written by hand" * 5  # more than a caption's 16 tokens
 SMALL = MiniatureSettings(unet_channels=(16, 32), vae_channels=(16, 16), text_widths=(8, 8), pooled=16)
 
 
@@ -40,6 +44,8 @@ def place(shards):
     build_miniature(SMALL).save_pretrained(folder / "pipeline")
     digits = ShardDataset(expand(f"{shards}/shards/train-*.tar")[:1], 8)
     rows = [{"__key__": f"k{i}", "png": digits._read(i, "image"), **digits.read_text(i)} for i in range(40)]
+    for row in rows[::3]:
+        row["caption"] += LONG
     samples = [
         {"__key__": row["__key__"], "png": row["png"], "txt": row["caption"], "json": row["meta"]} for row in rows
     ]
@@ -95,9 +101,25 @@ def test_an_encoded_sample_is_its_image_and_caption(place, world):
 
 def test_encoding_goes_on_and_is_split(place, tmp_path, monkeypatch, capsys):
     options = (place / "plain", tmp_path, place / "pipeline", "--text", "--precision", "fp32")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert encode(*options, "--batch", "8", "--workers", "1") == 0
+    stale = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": f"{support.free_port()}",
+    }
+    for name, value in (
+        stale | {"DISBACK_START_SECONDS": "1"}
+    ).items():  # of a job that is gone: nobody does the other half
+        monkeypatch.setenv(name, value)
+    assert encode(*options) == 1 and not list(tmp_path.iterdir())
+    assert "rank 1 (node unknown) did not answer within 1 s of the start (`unset RANK" in capsys.readouterr().err
+    monkeypatch.delenv("LOCAL_RANK")
+    assert encode(*options) == 2 and "RANK=0, WORLD_SIZE=2: LOCAL_RANK is not set" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # the second of two that are there
+        patch.setattr(Part, "of_environment", lambda: Part(1, 2, torch.device("cpu")))
+        patch.setenv("WORLD_SIZE", "1")
+        assert encode(*options, "--batch", "8", "--workers", "1") == 0
     assert sorted(file.name for file in tmp_path.glob("*.tar")) == ["s-000001.tar", "s-000003.tar"]
     times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.tar")}
     (tmp_path / "s-000000.tar.tmp").write_bytes(b"half a shard")  # of an encoding that was killed
@@ -128,13 +150,57 @@ def test_a_broken_image_is_left_out(place, tmp_path, capsys):
     }
 
 
+def test_captions_of_encoded_shards(place, tmp_path, capsys):
+    """Captions from a field of the .json: in the encoded shards they are what they were, and another field is refused.
+    Empty shards are skipped, in encoding and in training."""
+    png = ShardDataset(expand(f"{place}/plain"), 8)._read(0, "image")
+    captions = ["one", None, ["two"], "\ufeffthree"]
+    samples = [{"__key__": f"k{i}", "png": png, "json": {"prompt": c, "b": "x"}} for i, c in enumerate(captions)]
+    write_shards(samples, tmp_path / "in", "s")
+    (tmp_path / "in" / "a.tar").write_bytes(b"\0" * 10240)
+    (tmp_path / "in" / "._s-000000.tar").write_bytes(b"\0\5\x16\7")
+    options = (tmp_path / "in", tmp_path / "out", place / "pipeline", "--text")
+    check = ["--validate", f"{tmp_path}/in", "--resolution", "8", "--decode"]
+    assert command.main(check) == 2 and "text fields prompt, b in the .json" in capsys.readouterr().err
+    assert command.main([*check, "--caption-key", "json"]) == 2 and "--caption-field" in capsys.readouterr().err
+    assert command.main([*check, "--caption-field", "prompt"]) == 0
+    said = capsys.readouterr().out
+    assert "2 usable samples" in said and "a.tar" in said and "hidden .tar file" in said and "caption is null" in said
+    assert encode(*options, "--caption-field", "prompt") == 0
+    said = capsys.readouterr().out
+    assert "skips 1 empty shards: a.tar" in said and "'caption is a list, not text': 1" in said
+    assert encode(*options, "--caption-field", "b") == 2 and "another captions" in capsys.readouterr().err
+    (tmp_path / "out" / "a.tar").write_bytes(b"")
+    found = ShardDataset(expand(f"{tmp_path}/out"), 8, ("caption", "text"), caption_field="prompt", caption_key="cap")
+    assert {found.read(row)["caption"] for row in range(len(found))} == {"one", "three"}
+    assert (
+        found.rejected == {"empty shard": 1}
+        and encoding_of_shards(expand(f"{tmp_path}/out"))["captions"] == "field prompt"
+    )
+
+
 def test_pretraining_from_the_cache_is_pretraining_from_images(place, world):
     more = ("precision=fp32", "pretrain.optimizer.eps=1e-4", "pretrain.steps=6", "pretrain.optimizer.warmup=0")
     fresh, worked = trained(Pretraining, run(place, world, "fresh", "plain", *more), "pretrain", place / "pipeline")
     cached, idle = trained(Pretraining, run(place, world, "cached", "full", *more), "pretrain", place / "pipeline")
     assert worked["vae"] == worked["text"] == 6 and not idle
+    batches = Batches(ShardDataset(expand(f"{place / 'plain'}"), 8), BatchSplit(1, 8), 0)
+    long = [sum(caption.endswith(LONG) for caption in next(batches).captions) for _ in range(6)]
+    for name, counts in (("fresh", long), ("cached", [0] * 6)):
+        lines = support.metrics(place / name / "pretrain")
+        assert [line["truncated_captions"] for line in lines] == [sum(counts[: line["step"]]) for line in lines]
+    assert sum(long) > 0
     assert support.largest_difference(fresh, cached) < 1e-5
     assert moved(place, fresh, "teacher") > 1e-3
+
+
+def test_counts_of_samples_are_kept(world):
+    counts = SampleCounts(world)
+    counts.load_state_dict({"no image": 2})  # of a version that did not count captions
+    counts.truncated += 3
+    again = SampleCounts(world)
+    again.load_state_dict(counts.regroup([counts.state_dict(), counts.state_dict()], BatchSplit(2, 1)))
+    assert (again.skipped, again.truncated) == ({"no image": 4}, 6)
 
 
 def test_recording_and_backtracking_use_cached_text(place, world):

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import support
 import torch
+import torchvision
 from accelerate import PartialState
 from torchvision.io import read_image
 
@@ -19,6 +21,8 @@ from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.training import trackers
 from trainer.training.loop import Stopwatch, train
+from trainer.training.metrics import MetricsWriter
+from trainer.training.progress import Progress
 from trainer.training.run import Run
 
 QUICK = ("backtrack.steps=6", "backtrack.fake_updates=1", "backtrack.loop.log_every=1", "backtrack.loop.save_every=3")
@@ -157,6 +161,54 @@ def test_a_tracker_that_cannot_start_does_not_end_training(tmp_path, monkeypatch
     kept.close()
     assert caplog.text.count("wandb failed and gets nothing more") == 1 and "no such mode" in caplog.text
     assert not (tmp_path / trackers.RUN_IDS).exists() and list((tmp_path / "tensorboard").iterdir())
+
+
+def test_grids_are_written_while_training_goes_on(root, world, monkeypatch):
+    """The first grid's compression lasts until a later step has begun; a save waits for it, and so does the end."""
+    seen, begun, written = [], threading.Event(), torchvision.io.write_png
+
+    class Training(Backtracking):
+        def update(self, step):
+            seen.append(f"step {step}")
+            if step == 1:
+                begun.set()
+            super().update(step)
+
+    def slow(grid, file):
+        assert begun.wait(60) and threading.current_thread() is not threading.main_thread()
+        written(grid, file)
+        seen.append(Path(file).stem)
+
+    def saved(self, step):
+        seen.append(f"saved {step}")
+        real(self, step)
+
+    real = Progress.saved
+    monkeypatch.setattr(torchvision.io, "write_png", slow)
+    monkeypatch.setattr(Progress, "saved", saved)
+    flags = ("backtrack.loop.sample_every=3", "backtrack.loop.trackers=[tensorboard]")
+    folder = backtrack(support.single(root, "behind", world, *QUICK, *flags), Training)
+    order = [seen.index(what) for what in ("step 1", "step-00000000", "saved 3")]
+    assert order == sorted(order)
+    for step in (3, 6):  # the grid of a save's own step, too
+        assert seen.index(f"step-{step:08d}") < seen.index(f"saved {step}")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for image in board.Images("samples"):
+        file = folder / "samples" / f"step-{image.step:08d}.png"
+        assert image.encoded_image_string == file.read_bytes()
+        assert (3, image.height, image.width) == tuple(read_image(str(file)).shape)
+    assert [image.step for image in board.Images("samples")] == [0, 3, 6]
+    assert [event.step for event in board.Scalars("gpu_hours")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_grid_that_cannot_be_written_does_not_end_training(tmp_path, world, caplog):
+    (tmp_path / "samples").write_text("in the way")
+    writer = MetricsWriter(tmp_path, world, "name", 2, 0, [], {})
+    writer.image(1, torch.zeros(3, 4, 4, dtype=torch.uint8))
+    writer.close()
+    assert "step-00000001.png cannot be written" in caplog.text
 
 
 def test_a_missing_package_is_named_before_training(root, world, monkeypatch):

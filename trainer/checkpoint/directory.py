@@ -4,6 +4,7 @@ This is the one module that knows LATEST, step names and the layout of `checkpoi
 `disback status` can use it on login nodes.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,11 @@ from trainer.config.schema import LoopSettings
 from trainer.distributed.logs import log
 from trainer.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
+READABLE = (
+    3,
+    FORMAT,
+)  # in 3, weight averages are of the network's own weights, and in equal slices at every ZeRO stage
 WEIGHTS = "weights"  # inside a checkpoint: the weights for evaluation, as a plain denoiser folder or a LoRA folder
 RAW = "weights-raw"  # the same before averaging, if the run saves them
 ABOUT = "state.json"  # inside a checkpoint: step, split, file sizes; a folder without it is not a complete checkpoint
@@ -52,13 +57,18 @@ class CheckpointDirectory:
         return self.root / step_name(step)
 
     def latest(self) -> str | None:
-        """The name of the checkpoint that a run resumes from; None if there is none yet. A LATEST that lost its content,
-        as on a full disk, names "": with checkpoints there, training must not start over."""
+        """The name of the checkpoint that a run resumes from; None if there is none yet. "" if LATEST is gone, or has lost its
+        content, as on a full disk or after a power failure: with checkpoints there, training must not start over."""
+        name = self._latest_text()
+        if step_of(name) is not None:
+            return name
+        return "" if self.complete() else None
+
+    def _latest_text(self) -> str:
         try:
-            name = self.latest_file.read_text().strip()
+            return self.latest_file.read_text(errors="replace").strip()
         except FileNotFoundError:
-            return None
-        return name if name or self.complete() else None
+            return ""
 
     def latest_step(self) -> int | None:
         return step_of(self.latest() or "")
@@ -71,6 +81,8 @@ class CheckpointDirectory:
         """The weights folder of the latest checkpoint. Raises UserError if there is no checkpoint."""
         if name := self.latest():
             return self.weights(name)
+        if name == "":
+            raise UserError(self._lost_latest())
         raise UserError(f"{self.folder} has no checkpoint yet: run `disback {self.folder.name}` first")
 
     def with_weights(self, kind: str = WEIGHTS) -> list[str]:
@@ -150,11 +162,12 @@ class CheckpointDirectory:
         """(state.json of a checkpoint, None), or (None, what is wrong with it). Of its files only sizes are compared."""
         folder = self.root / name
         if not name:
-            return None, self._empty_latest()
+            return None, self._lost_latest()
         try:
             about = json.loads((folder / ABOUT).read_text())
-            if about["format"] != FORMAT:
-                return None, f"checkpoint {folder} has format {about['format']}; this version reads format {FORMAT}"
+            if about["format"] not in READABLE:
+                known = " and ".join(str(known) for known in READABLE)
+                return None, f"checkpoint {folder} has format {about['format']}; this version reads formats {known}"
             wrong = about["files"].items() - file_sizes(folder).items()
         except (OSError, ValueError, KeyError) as error:
             return None, self.damaged(name, str(error))
@@ -162,10 +175,29 @@ class CheckpointDirectory:
             return None, self.damaged(name, f"{min(wrong)[0]} is missing or has another size")
         return about, None
 
-    def _empty_latest(self) -> str:
-        newest = step_name(self.complete()[-1])
-        back = f"`echo {newest} > {self.latest_file}`"
-        return f"{self.latest_file} is empty, but there are checkpoints: {back} resumes from the most recent one"
+    def _intact(self, before: str) -> str | None:
+        """The most recent checkpoint before one that has all its files, else the most recent of all."""
+        whole = []
+        for step in self.complete():
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if not self.about(step)["files"].items() - file_sizes(self.place(step)).items():
+                    whole.append(step_name(step))
+        older = [name for name in whole if step_of(before) is None or step_of(name) < step_of(before)]
+        return next(reversed(older or [name for name in whole if name != before]), None)
+
+    def _lost_latest(self) -> str:
+        text = self._latest_text()
+        wrong = (
+            f"names no checkpoint ({text[:40]!r})"
+            if text
+            else "is empty"
+            if self.latest_file.exists()
+            else "is missing"
+        )
+        wrong = f"{self.latest_file} {wrong}, but there are checkpoints"
+        if name := self._intact(""):
+            return f"{wrong}: `echo {name} > {self.latest_file}` resumes from the most recent one"
+        return f"{wrong}, all of them damaged: start over in another run folder"
 
     def damaged(self, name: str, problem: str) -> str:
         """The error message for a damaged checkpoint, with the command that goes back to the most recent intact one.
@@ -173,9 +205,7 @@ class CheckpointDirectory:
         Training never falls back on its own: that would silently repeat hours of work.
         """
         text = f"checkpoint {self.root / name} is damaged ({problem})"
-        for step in reversed(self.complete()):
-            older = self.place(step)
-            if older.name < name and not self.about(step)["files"].items() - file_sizes(older).items():
-                back = f"`echo {older.name} > {self.latest_file}`"
-                return f"{text}. The most recent intact one is of step {step}: {back} goes back to it"
+        if other := self._intact(name):
+            back = f"`echo {other} > {self.latest_file}`"
+            return f"{text}. The most recent intact one is of step {step_of(other)}: {back} goes back to it"
         return f"{text}, and there is no older intact one: start over in another run folder"

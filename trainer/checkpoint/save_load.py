@@ -1,7 +1,8 @@
 """Checkpoints of all that a run needs, and exact resume.
 
 A checkpoint is a folder, `checkpoints/step-00000500/`. It holds the engine of every trained role, each rank's own state (EMA
-slices, random generators, meters, ...) and, for evaluation, the current weights as a plain denoiser folder or a LoRA folder.
+slices, random generators, meters, ...) and, for evaluation, the current weights in float32 as a plain denoiser folder or a LoRA
+folder.
 It is written under a temporary name, renamed when every rank is done, and only then named by LATEST, which is replaced
 atomically: whatever dies when, LATEST names a complete checkpoint. DeepSpeed's own `latest` is not used, because it names a
 checkpoint that other ranks are still writing. Frozen roles stay out: the teacher is known by its hash.
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from data.sampling_order import BatchSplit
 from trainer.checkpoint.collective_errors import DeferredErrors, tensor_bytes, write_file
-from trainer.checkpoint.directory import CheckpointDirectory
+from trainer.checkpoint.directory import FORMAT, CheckpointDirectory
 from trainer.checkpoint.reshard_optimizer import reshard
 from trainer.checkpoint.rng_state import global_generators, reseed_generators, restore_generators
 from trainer.config.schema import LoopSettings
@@ -89,7 +90,7 @@ class Checkpoints:
             with self.errors.defer():
                 self.directory.root.mkdir(parents=True, exist_ok=True)
                 self.directory.remove_unfinished()
-                self.directory.make_room(step, self._estimated_size(state))
+                self.directory.make_room(step, self._estimated_size(state, len(snapshots)))
                 temporary.mkdir()
         self._agree(step, temporary)
         for role in self.trained.values():
@@ -116,14 +117,15 @@ class Checkpoints:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(state, file)
 
-    def _estimated_size(self, state: dict) -> int:
-        """Bytes of a first checkpoint, roughly. Per trained parameter: master weight and two moments in float32, and in the
-        network's precision its weight, in the engine and in the weights folder."""
-        total = tensor_bytes(state) * self.world.size
+    def _estimated_size(self, state: dict, folders: int) -> int:
+        """Bytes of a first checkpoint, roughly. Per trained parameter: master weight and two moments in float32, and its
+        weight in the network's precision; for each of the folders of weights for evaluation, the largest role in float32."""
+        total, largest = tensor_bytes(state) * self.world.size, 0
         for role in self.trained.values():
-            for _, p in role.trained_parameters():
-                total += whole_numel(p) * (12 + 2 * p.element_size())
-        return total
+            count = sum(whole_numel(p) for _, p in role.trained_parameters())
+            total += count * (12 + role.weights.slices[0].parameter.element_size())
+            largest = max(largest, count)
+        return total + 4 * largest * folders
 
     def _agree(self, step: int, *unfinished: Path) -> None:
         """Returns if all ranks did their part. Otherwise deletes the unfinished folders and raises UserError on all ranks."""
@@ -160,7 +162,7 @@ class Checkpoints:
             raise UserError(damage)
         self._check(about["identity"], folder)
         began, saved = time.monotonic(), BatchSplit(**about["split"])
-        as_saved = saved == self.split and about["zero"] == self._zero()
+        as_saved = saved == self.split and about["zero"] == self._zero() and about["format"] == FORMAT
         try:
             for key, role in self.trained.items():
                 self._load_engine(role, folder / "engines" / key, saved.world, about["zero"][key])

@@ -4,10 +4,11 @@ Every field has one line of documentation under it; docs/configuration.md is mad
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from data.paths import EXPANDED, PathText
 from data.settings import DataSettings
 from models.settings import GanSettings, LoraSettings, MiniatureSettings
 from trainer.config.evaluation import EvaluateSettings
@@ -68,7 +69,7 @@ class TrainSettings(Settings):
 
 
 class NetworkSettings(Settings):
-    """How the networks of training stages compute. Nothing here changes what they compute."""
+    """How the networks of training stages compute. Nothing here changes what they compute, but for rounding."""
 
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
     """attention kernel; "auto" takes the first that runs on this device with the network's shapes, and the log says why the
@@ -81,6 +82,20 @@ class NetworkSettings(Settings):
     """torch.compile of each repeated block, up to ZeRO-2; the first steps then take minutes"""
     tf32: bool = True
     """float32 matrix products on an NVIDIA GPU (VAE decoder, `precision: fp32`) run in TF32"""
+    deterministic: bool = False
+    """a GPU computes the same bits each time, with slower algorithms; otherwise cuDNN picks the fastest ones by timing them"""
+    grad_accum_dtype: Literal["auto", "fp32"] = "auto"
+    """precision in which gradients are summed over micro-batches and ranks: "auto" is that of the networks; "fp32" doubles a
+    bf16 run's gradient traffic and, at ZeRO-1, keeps all of the gradients on each GPU in float32: zero2 needs less"""
+
+    @model_validator(mode="after")
+    def _kernels_that_can_be_deterministic(self) -> "NetworkSettings":
+        if self.deterministic and self.attention in ("xformers", "cudnn"):
+            raise ValueError(
+                f"deterministic=true does not go with attention={self.attention}, which PyTorch cannot make deterministic: "
+                "use auto, flash, efficient or math"
+            )
+        return self
 
 
 class AutoencoderSettings(TrainSettings):
@@ -104,7 +119,7 @@ class PretrainSettings(TrainSettings):
     """training steps"""
     batch: int = Field(64, ge=1)
     """samples per optimizer step, over all processes and accumulation steps"""
-    start: str = "miniature"
+    start: PathText = "miniature"
     """a pipeline folder or hub model to fine-tune, or "miniature" to build and train one"""
     miniature: MiniatureSettings = MiniatureSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
@@ -113,7 +128,7 @@ class PretrainSettings(TrainSettings):
     """decay of the weight average per step"""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """share of captions replaced by the empty one, which classifier-free guidance needs"""
-    ds_config: str = "zero1"
+    ds_config: PathText = "zero1"
     """DeepSpeed configuration of the teacher"""
 
 
@@ -133,9 +148,9 @@ class RecordSettings(TrainSettings):
     """samples that the score distance is measured on"""
     probe_every: int = Field(10, ge=1)
     """interval of these measurements, in steps"""
-    teacher_ds_config: str = "zero0"
+    teacher_ds_config: PathText = "zero0"
     """DeepSpeed configuration of the frozen generator"""
-    ds_config: str = "zero1"
+    ds_config: PathText = "zero1"
     """DeepSpeed configuration of the network that is fine-tuned"""
 
 
@@ -189,11 +204,11 @@ class BacktrackSettings(TrainSettings):
     """decay of the generator's weight average per generator update"""
     save_raw: bool = False
     """checkpoints also hold the generator's weights before averaging, for `disback evaluate`"""
-    teacher_ds_config: str = "zero0"
+    teacher_ds_config: PathText = "zero0"
     """DeepSpeed configuration of the teacher, which is also the target"""
-    generator_ds_config: str = "zero1"
+    generator_ds_config: PathText = "zero1"
     """DeepSpeed configuration of the generator"""
-    fake_score_ds_config: str = "zero1"
+    fake_score_ds_config: PathText = "zero1"
     """DeepSpeed configuration of the fake score"""
 
     @field_validator("student_timesteps")
@@ -230,12 +245,24 @@ class SampleSettings(Settings):
     """sampling steps of a diffusion model; a one-step generator ignores them"""
     guidance_scale: float = 7.5
     """guidance scale of a diffusion model; a one-step generator ignores it"""
-    source: str = "generator"
+    source: PathText = "generator"
     """what to sample from, named as in `evaluate.what`"""
-    out: str = ""
+    out: PathText = ""
     """output folder (default: samples/ in the run folder)"""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """image i is drawn with seed + i"""
+
+    @field_validator("prompts")
+    @classmethod
+    def _characters(cls, value: list[str]) -> list[str]:
+        for number, prompt in enumerate(value):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"prompt {number}: half a surrogate pair at character {error.start}, which no tokenizer takes: fix it"
+                ) from error
+        return value
 
 
 class ExportSettings(Settings):
@@ -243,10 +270,13 @@ class ExportSettings(Settings):
 
     checkpoint: str = ""
     """such as step-00000500 (default: the last one)"""
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """what the denoiser's weights, kept in float32, are rounded to; "auto": float16, as published pipelines are, but float32
+    if a weight is beyond float16's range or the run has `precision: fp32`"""
     merge: bool = True
     """of a LoRA run, writes base plus LoRA as the denoiser; false keeps the base and puts the LoRA beside it, in lora/, for
     `pipe.load_lora_weights`"""
-    out: str = ""
+    out: PathText = ""
     """output folder (default: generator/ in the run folder)"""
     license: str = ""
     """licence in the model card, an identifier of the hub such as openrail++ (default: that of the teacher's pipeline folder,
@@ -260,7 +290,7 @@ class ExportSettings(Settings):
 class ReportSettings(Settings):
     """The HTML page of a run."""
 
-    compare: list[str] = []
+    compare: Annotated[list[str], EXPANDED] = []
     """run folders whose results stand beside this run's, such as the ablations without the path; runs that differ only in
     `seed` are one row, with their mean and standard deviation"""
 
@@ -285,20 +315,20 @@ class HealthSettings(Settings):
 class RunSettings(Settings):
     """One run."""
 
-    run: str
+    run: PathText
     """the run folder"""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """every random draw is a function of it"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """precision of the networks; optimizers keep float32 master weights"""
-    pipeline: str = ""
+    pipeline: PathText = ""
     """the teacher: a diffusers pipeline folder, or a model of the Hugging Face hub such as
     stabilityai/stable-diffusion-xl-base-1.0, with @REVISION if need be (default: pipeline/ in the run folder)"""
     variant: str = ""
     """which of the pipeline's weight files to use, such as fp16 for *.fp16.safetensors (default: the plain ones)"""
-    path: str = ""
+    path: PathText = ""
     """the recorded path (default: path/ in the run folder)"""
-    generator_start: str = ""
+    generator_start: PathText = ""
     """weights folder that the generator starts from (default: the teacher's)"""
     conditioning_timestep: int = Field(399, ge=1)
     """timestep that the one-step generator is evaluated at; 1000, pure noise, for flow models"""

@@ -138,7 +138,7 @@ class Evaluation:
         count = real.count if real else self.images
         about = {"key": key, "blocks": sorted(networks.images), "rows": [count, settings.chunk]}
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        folder = Path(settings.cache).expanduser() if settings.cache else self.results.folder / "references"
+        folder = Path(settings.cache) if settings.cache else self.results.folder / "references"
         rows = Rows.shared(folder / name, count, settings.chunk)
         label, credit = (real.name, real.credit) if real else ("the teacher", None)
         fill(
@@ -187,7 +187,8 @@ class Evaluation:
     def _rest(self, pipeline: Path) -> str:
         """The hash of a pipeline without its denoiser. Every rank must call it."""
         if pipeline not in self._pipelines:
-            mine = pipeline_hash(pipeline, self.run.settings.variant) if self.run.world.main else None
+            settings = self.run.settings
+            mine = pipeline_hash(pipeline, settings.variant, self.run.digest) if self.run.world.main else None
             self._pipelines[pipeline] = from_main(mine, self.run.world)
         return self._pipelines[pipeline]
 
@@ -279,5 +280,6 @@ def _check_counts(
 def _teacher_identity(run: Run) -> str:
     """What the teacher's images are a function of. Every rank must call it."""
     sample = run.settings.sample
-    hashes = run.weights_hash(run.teacher_folder), pipeline_hash(run.pipeline_folder, run.settings.variant)
+    rest = pipeline_hash(run.pipeline_folder, run.settings.variant, run.digest) if run.world.main else None
+    hashes = run.weights_hash(run.teacher_folder), from_main(rest, run.world)
     return f"teacher {hashes} {sample.steps} {sample.guidance_scale} {run.settings.precision}"

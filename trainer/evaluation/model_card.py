@@ -12,8 +12,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from models.families import read_json
-from models.pipeline import INFO_FILE, LORA_FILE, LORA_FOLDER
+from models.files import INFO_FILE, LORA_FILE, LORA_FOLDER, read_json
 from trainer.checkpoint.directory import CheckpointDirectory, step_of
 from trainer.checkpoint.files import write_text
 from trainer.evaluation.results import Results
@@ -128,7 +127,9 @@ def _what_it_is(folder: Path, note: dict, results: Results) -> list[str]:
 def _how_to_run(folder: Path, note: dict, config: dict, out: Path) -> list[str]:
     prompt = json.dumps((config["sample"]["prompts"] or [ANY_PROMPT])[0], ensure_ascii=False)
     name = json.dumps(note.get("repository") or out.resolve().name)
-    dtype = ", torch_dtype=torch.bfloat16" if config["precision"] == "bf16" else ""
+    exported = {"bf16": "bfloat16", "fp32": "float32"}[config["precision"]]  # by versions that do not note it
+    exported = note.get("dtype", exported)
+    dtype = "" if exported == "float32" else f", torch_dtype=torch.{exported}"
     code = ["import torch"] if dtype else []
     code += ["from diffusers import DiffusionPipeline", ""]
     code += [f'pipe = DiffusionPipeline.from_pretrained({name}{dtype}).to("cuda")']

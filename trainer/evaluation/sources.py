@@ -1,7 +1,6 @@
 """Sources of images for `evaluate` and `sample`: the generator, the teacher, the untrained start, a checkpoint, a node of the
 path, a folder, a pipeline of the hub."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from models.families import family_of, read_json
-from models.lora import is_adapter, load_merged
-from models.pipeline import INFO_FILE, LORA_FOLDER, load_network
+from models.families import family_of
+from models.files import INFO_FILE, LORA_FOLDER, read_json
+from models.lora import load_merged
+from models.lora_files import describe_file, is_adapter
+from models.pipeline import load_network
 from models.sampler import ImageNoise, Sampler, to_uint8
 from models.validate import check_fit, check_pipeline
 from trainer.checkpoint.directory import RAW, WEIGHTS, CheckpointDirectory
@@ -43,7 +44,7 @@ def all_images(opened: OpenSource, captions: list[str], seed: int, batch: int) -
 class Source:
     """A denoiser and what it needs to make images.
 
-    name: names the folder of its results. weights: its denoiser folder or LoRA folder. pipeline: the folder with text
+    name: names the folder of its results. weights: its denoiser folder, LoRA folder or LoRA file. pipeline: the folder with text
     encoders, decoder and schedule. timesteps: the steps of a student (one step: the conditioning timestep); None for a
     diffusion model. base: the denoiser folder that a LoRA folder is merged into, as `export` does. kind: "ema" or "raw",
     for a student whose weights are known to be one of them.
@@ -66,6 +67,8 @@ class Source:
             network = load_network(self.weights, dtype, variant)
         network.to(run.world.device).eval().requires_grad_(False)
         sampler = run.sampler(self.pipeline, dtype)
+        if self.timesteps is None:
+            sampler.scheduler(run.settings.sample.steps)  # refuses too many before anything is made
         sampler.rounded = sampling.rounded
         if sampling.one_tokenizer and getattr(sampler.text.parts, "tokenizer_2", None):
             sampler.text.parts.tokenizer_2 = sampler.text.parts.tokenizer
@@ -117,6 +120,13 @@ class PipelineSource:
             pipe = DiffusionPipeline.from_pretrained(self.pipeline, use_safetensors=True, **options)
         except Exception as error:  # of several libraries
             raise UserError(f"{self.pipeline}: diffusers cannot load it: {error}") from error
+        steps = run.settings.sample.steps
+        try:
+            pipe.scheduler.set_timesteps(steps)
+        except ValueError as error:
+            raise UserError(
+                f"sample.steps={steps}: the scheduler of {self.pipeline} cannot take them: {error}"
+            ) from error
         pipe.set_progress_bar_config(disable=True)
         return OpenPipeline(run, pipe.to(run.world.device), sampling)
 
@@ -178,7 +188,13 @@ def find_source(run: Run, what: str) -> Source | PipelineSource:
     node = run.settings.path_folder / what
     if re.fullmatch(r"node-\d{4}", what) and (node / "node.json").is_file():
         return Source(what, node, run.pipeline_folder, None, run.teacher_folder if is_adapter(node) else None)
-    folder = Path(what).expanduser()
+    folder = Path(what)
+    if folder.is_file():
+        if is_adapter(folder):
+            return _weights(run, _name(run, folder.with_suffix("")), folder)
+        raise UserError(
+            f"'{what}' is {describe_file(folder)}: a LoRA file, or a pipeline or denoiser folder in diffusers' format is expected"
+        )
     name = _name(run, folder)
     if (folder / "model_index.json").exists():
         return _pipeline(folder, name, run.pipeline_folder)
@@ -189,7 +205,7 @@ def find_source(run: Run, what: str) -> Source | PipelineSource:
         return _pipeline(run.fetched(what, "evaluate.what"), what.replace("/", "-"), run.pipeline_folder)
     raise UserError(
         f"'{what}' is not generator, teacher, start, a checkpoint of {run.folder} ({', '.join(known) or 'it has none'}), "
-        "a node of its path, a pipeline folder, a denoiser folder, a LoRA folder or a pipeline of the hub"
+        "a node of its path, a pipeline folder, a denoiser folder, a LoRA folder or file, or a pipeline of the hub"
     )
 
 
@@ -213,7 +229,7 @@ def _pipeline(folder: Path, name: str, teacher: Path) -> Source | PipelineSource
     """A pipeline folder. One that `export` wrote has a note with the student's timesteps, and perhaps a LoRA folder; the
     run's own teacher is sampled as in training; any other is sampled by its own code."""
     note = folder / INFO_FILE
-    steps = json.loads(note.read_text()).get("timesteps") if note.exists() else None
+    steps = read_json(note).get("timesteps") if note.exists() else None
     if not steps and folder.resolve() != teacher.resolve():
         return PipelineSource(name, folder)
     timesteps = tuple(steps) if steps else None

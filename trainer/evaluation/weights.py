@@ -17,7 +17,6 @@ from models.scorers.published import WeightsFile
 from trainer.distributed.world import first_problem, from_main
 from trainer.errors import UserError
 from trainer.evaluation.protocols import Protocol
-from trainer.path.manifest import file_hash
 from trainer.training.run import Run
 
 FILES = {
@@ -82,10 +81,10 @@ def _find(run: Run, protocol: Protocol, name: str) -> Weights:
     file = FILES[name]
     wanted = _wanted(file)
     if given := settings.networks.get(name):
-        path = Path(given).expanduser()
+        path = Path(given)
         if not path.exists():
             return Weights(name, wanted, problem=f"evaluate.networks.{name}: {path} does not exist")
-        return Weights(name, wanted, path, published=False, identity=_identity(path))
+        return Weights(name, wanted, path, published=False, identity=_identity(run, path))
     places = [folder / part for folder in _folders(run, file) for part in _parts(name, file)]
     path = next((place for place in places if place.exists()), None) or _cached(name, file)
     looked = tuple(str(place.parent) for place in places)
@@ -94,7 +93,7 @@ def _find(run: Run, protocol: Protocol, name: str) -> Weights:
         return Weights(
             name, wanted, looked=looked, problem=f"not found in {', '.join(dict.fromkeys([*looked, *cache]))}"
         )
-    if file.sha256 and (digest := file_hash(path)) != file.sha256:
+    if file.sha256 and (digest := run.digest([path])) != file.sha256:
         text = f"{path} has sha256 {digest[:12]}..., not {file.sha256[:12]}...: it is damaged, or another file"
         return Weights(name, wanted, path, problem=text)
     return Weights(name, wanted, path, looked=looked)
@@ -109,15 +108,15 @@ def _find_clip(run: Run, protocol: Protocol) -> Weights:
         folder = Path(model.removeprefix(LOCAL))
         if not folder.is_dir():
             return Weights("clip", wanted, problem=f"evaluate.clip_model: {folder} is not a folder")
-        return Weights("clip", wanted, published=False, identity=_identity(folder))
+        return Weights("clip", wanted, published=False, identity=_identity(run, folder))
     given = settings.networks.get("clip", "" if tag else pretrained)
     if given:
-        path = Path(given).expanduser()
+        path = Path(given)
         if not path.is_file():
             return Weights("clip", wanted, problem=f"{path} is neither a file nor a tag of open_clip's {model}")
-        return Weights("clip", wanted, path, published=False, identity=f"{model}, {_identity(path)}")
+        return Weights("clip", wanted, path, published=False, identity=f"{model}, {_identity(run, path)}")
     names = published.CLIP_G.names
-    own = [Path(settings.weights).expanduser() / Path(repository).name / part for part in names if settings.weights]
+    own = [Path(settings.weights) / Path(repository).name / part for part in names if settings.weights]
     path = next((place for place in own if place.is_file()), None) or cached_clip(model, pretrained)
     looked = (*(str(place.parent) for place in own[:1]), constants.HF_HUB_CACHE)
     if path is None:
@@ -128,7 +127,7 @@ def _find_clip(run: Run, protocol: Protocol) -> Weights:
 def _folders(run: Run, file: WeightsFile) -> list[Path]:
     own = run.settings.evaluate.weights
     hub = [] if file.repository else [Path(torch.hub.get_dir()) / "checkpoints"]
-    return [Path(own).expanduser(), *hub] if own else hub
+    return [Path(own), *hub] if own else hub
 
 
 def _parts(name: str, file: WeightsFile) -> list[str]:
@@ -152,7 +151,7 @@ def _wanted(file: WeightsFile) -> str:
     return f"{file.names[0]}{size}, from {file.url}, into evaluate.weights or {torch.hub.get_dir()}/checkpoints"
 
 
-def _identity(path: Path) -> str:
+def _identity(run: Run, path: Path) -> str:
     """A file's hash, or that of a folder's weights."""
     files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    return f"sha256 {' '.join(file_hash(file)[:12] for file in files)}"
+    return f"sha256 {' '.join(run.digest([file])[:12] for file in files)}"

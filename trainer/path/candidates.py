@@ -12,7 +12,7 @@ from torch import Tensor
 from data.sampling_order import BatchSplit
 from models.conditioning import Conditioning
 from models.denoise import predict
-from models.pipeline import weight_files
+from models.files import weight_files
 from trainer.checkpoint.directory import by_step, step_name
 from trainer.config.schema import RecordSettings
 from trainer.distributed.world import World, first_problem, sum_over_ranks

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from models.pipeline import files_hash
 from models.settings import LoraSettings
 from trainer.checkpoint.files import write_text
 from trainer.distributed.world import World, from_main
@@ -45,8 +46,8 @@ class DegradationPath:
 
 
 def file_hash(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """The sha256 (hexadecimal) of a file."""
+    return files_hash([file])
 
 
 def generator_hash(start_hash: str, timesteps: tuple[int, ...]) -> str:
@@ -94,14 +95,16 @@ def open_path(
     timesteps: tuple[int, ...],
     world: World,
     lora: LoraSettings,
+    digest: Callable[[Sequence[Path]], str] = files_hash,
 ) -> DegradationPath:
     """Reads and verifies a recorded path: it must be this teacher's and this generator start's, its nodes of the kind
     that the run trains, and every node must be there to the byte. hashes: `weights_hash` of the teacher's folder and of
-    the generator start's. Rank 0 reads the nodes once to hash them; all ranks raise the same UserError."""
+    the generator start's. digest: hashes files, or remembers their hashes. Rank 0 alone calls it; all ranks raise the same
+    UserError."""
     problem = nodes = None
     if world.main:
         try:
-            nodes = _verified(root, *hashes, timesteps, lora)
+            nodes = _verified(root, *hashes, timesteps, lora, digest)
         except UserError as error:
             problem = str(error)
     problem, nodes = from_main((problem, nodes), world)
@@ -110,7 +113,14 @@ def open_path(
     return DegradationPath(root, teacher, nodes)
 
 
-def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...], lora: LoraSettings) -> list[Node]:
+def _verified(
+    root: Path,
+    teacher: str,
+    start: str,
+    timesteps: tuple[int, ...],
+    lora: LoraSettings,
+    digest: Callable[[Sequence[Path]], str],
+) -> list[Node]:
     file = root / MANIFEST
     try:
         record = json.loads(file.read_text())
@@ -144,7 +154,7 @@ def _verified(root: Path, teacher: str, start: str, timesteps: tuple[int, ...], 
         weights = root / node.file
         if not weights.is_file():
             raise UserError(f"path {root}: node {node.index} is missing ({weights}): record the path again")
-        if weights.stat().st_size != node.bytes or file_hash(weights) != node.sha256:
+        if weights.stat().st_size != node.bytes or digest([weights]) != node.sha256:
             raise UserError(
                 f"path {root}: node {node.index} is damaged ({weights} has not the size and sha256 of {MANIFEST}): "
                 "copy it again from where it was recorded, or record the path again"

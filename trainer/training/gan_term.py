@@ -55,13 +55,14 @@ class GanTerm:
         Real samples have their own captions but the generator's time ids: the head would otherwise tell images apart by
         their stated sizes.
         """
+        # Before there is a graph: encoding images takes gigabytes, next to a graph on top of its activations.
+        latents = batch_latents(real, self.sampler, draws.normal("real posterior", tuple(x0.shape[1:])))
         x_t, target = self.schedule.add_noise(x0, eps, t), self.schedule.target(x0, eps, t)
         if self.settings.shared_pass:
             prediction, fake_logits = predict_with_logits(self.fake_score, x_t, t, cond)
         else:
             prediction = predict(self.fake_score, x_t, t, cond)
             fake_logits = head_logits(self.fake_score, *self._noised(x0, "gan fake", draws), cond)
-        latents = batch_latents(real, self.sampler, draws.normal("real posterior", tuple(x0.shape[1:])))
         real_logits = head_logits(self.fake_score, *self._noised(latents, "real", draws), real_cond)
         return mse_loss(prediction, target), head_loss(fake_logits, real_logits)
 

@@ -10,7 +10,7 @@ from models.families import FAMILIES
 from trainer.distributed.world import World, sum_over_ranks
 from trainer.errors import UserError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"(?!.*\.(?:safetensors|ckpt|bin|pt)$)\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")  # OWNER/NAME, no file
 FETCHING = "another process of this node failed to fetch it: see its message"
 
 

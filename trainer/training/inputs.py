@@ -1,17 +1,17 @@
 """Inputs of a stage from its shards: images and captions, or latents and text states encoded ahead of time."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from data.encoded import encoding_of
+from data.encoded import encoding_of_shards
 from data.loader import Batch
-from data.shard_index import load_index
 from data.shard_patterns import expand
-from models.families import read_json
+from models.files import read_json
 from models.offload import offload_to_cpu
-from models.pipeline import text_encoders, weights_hash
+from models.pipeline import files_hash, text_encoders, weights_hash
 from models.sampler import Sampler
 from trainer.distributed.world import from_main
 from trainer.errors import UserError
@@ -20,13 +20,16 @@ from trainer.training.run import Run
 PARTS = {"vae": "autoencoder", "text": "text encoders"}
 
 
-def fingerprint(pipeline: Path, part: str, variant: str) -> str:
-    """Hash of the weights of a pipeline folder's "vae" or, all together, "text" encoders. Raises ModelError."""
+def fingerprint(
+    pipeline: Path, part: str, variant: str, weights_digest: Callable[[Sequence[Path]], str] = files_hash
+) -> str:
+    """Hash of the weights of a pipeline folder's "vae" or, all together, "text" encoders. weights_digest: as in
+    `weights_hash`. Raises ModelError."""
     if part == "vae":
-        return weights_hash(pipeline / "vae", variant)
+        return weights_hash(pipeline / "vae", variant, digest=weights_digest)
     digest = hashlib.sha256()
     for name in text_encoders(read_json(pipeline / "model_index.json")):
-        digest.update(f"{name} {weights_hash(pipeline / name, variant, 'model')} ".encode())
+        digest.update(f"{name} {weights_hash(pipeline / name, variant, 'model', weights_digest)} ".encode())
     return digest.hexdigest()
 
 
@@ -40,7 +43,7 @@ def choose_inputs(run: Run, images: bool, pipeline: Path) -> tuple[str, ...]:
     data, plain = run.settings.data, ("image", "caption") if images else ("caption",)
     if data.cached == "off":
         return plain
-    record = encoding_of(load_index(expand(data.train, "data.train")[0]))
+    record = encoding_of_shards(expand(data.train, "data.train"))
     if record is None:
         if data.cached == "require":
             raise UserError(
@@ -59,7 +62,8 @@ def choose_inputs(run: Run, images: bool, pipeline: Path) -> tuple[str, ...]:
             f"{data.resolution}: encode them at that resolution, or set data.resolution={record['resolution']}"
         )
     for part in ("vae",) * images + ("text",) * bool(record["text"]):
-        mine = from_main(fingerprint(pipeline, part, run.settings.variant) if run.world.main else None, run.world)
+        hashed = fingerprint(pipeline, part, run.settings.variant, run.digest) if run.world.main else None
+        mine = from_main(hashed, run.world)
         if record[part] != mine:
             raise UserError(
                 f"the shards of data.train were encoded by another {PARTS[part]} (sha256 {str(record[part])[:12]}) than that of "

@@ -156,6 +156,7 @@ class Loop:
         state = {"stage": stage.state_dict(), "health": self.health.state_dict()}
         state |= {"seconds": self.clock.seconds, "gpu_hours": self.clock.gpu_hours}
         path = self.checkpoints.save(step, state, stage.snapshots(), stage.needs)
+        self.metrics.join()  # a grid of this step was compressed meanwhile
         stage.after_save(self.checkpoints.needed())
         self.progress.saved(step)
         self.saving = (self.saving or 0.0) + time.monotonic() - began

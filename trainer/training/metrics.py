@@ -3,7 +3,8 @@
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from trainer.checkpoint.directory import step_name
 from trainer.checkpoint.files import write_text
 from trainer.distributed.logs import duration, log
 from trainer.distributed.world import World, mean_over_ranks
-from trainer.planner.flops import PEAK_TFLOPS
+from trainer.planner.flops import card_peak
 from trainer.training.trackers import Trackers
 
 KEYS = (
@@ -22,7 +23,7 @@ KEYS = (
     "save_seconds "
     "loss/fake_score loss/gan_generator loss/gan_head grad_norm/generator grad_norm/fake_score "
     "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch sample_spread "
-    "skipped_samples skipped_updates"
+    "skipped_samples truncated_captions skipped_updates"
 ).split()
 
 
@@ -75,12 +76,14 @@ def memory_gb(device: torch.device) -> float:
 
 def peak_tflops(device: torch.device) -> float | None:
     """The device's dense bf16 peak, if it is known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
+    return card_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 class MetricsWriter:
     """Writes a stage's metrics.jsonl and sample grids, also to trackers. Every rank may call it; only rank 0 writes.
+
+    The other ranks would wait for rank 0: a thread compresses the grids (seconds for those of 1024 px images) and does all
+    logging to trackers, in order. `join` waits for it.
 
     On a resume, lines after the resumed step are cut off: the file becomes what an uninterrupted run would have written.
     """
@@ -92,7 +95,8 @@ class MetricsWriter:
         self.folder, self.world, self.name, self.steps = folder, world, name, steps
         self.first, self.began = first, time.monotonic()
         self.peak = peak_tflops(world.device)
-        self.file = self.trackers = None
+        self.file = self.trackers = self.thread = None
+        self.waiting: list[Future] = []
         if not world.main:
             return
         path = folder / "metrics.jsonl"
@@ -103,6 +107,7 @@ class MetricsWriter:
         write_text("".join(kept), path, durable=False)
         self.file = path.open("a", buffering=1)
         self.trackers = Trackers(trackers, folder, first, config)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="metrics-writer")
 
     def line(self, step: int, values: dict[str, float | int | None]) -> None:
         """One line at a step (counted from 1). Missing keys are null."""
@@ -114,7 +119,7 @@ class MetricsWriter:
         record = dict.fromkeys(KEYS) | {"step": step, "memory_gb": memory_gb(self.world.device)} | values
         self.file.write(json.dumps(record) + "\n")
         scalars = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
-        self.trackers.scalars(step, scalars)
+        self._later(self.trackers.scalars, step, scalars)
         self._progress(step, record)
 
     def _progress(self, step: int, record: dict) -> None:
@@ -130,18 +135,37 @@ class MetricsWriter:
         log.info("  ".join(parts))
 
     def image(self, step: int, grid: Tensor) -> None:
-        """A uint8 grid [3, H, W] to samples/step-00000500.png and to the trackers."""
-        if not self.world.main:
-            return
+        """A uint8 grid [3, H, W] on the CPU to samples/step-00000500.png and to the trackers."""
+        if self.world.main:
+            self._later(self._write_image, step, grid)
+
+    def _write_image(self, step: int, grid: Tensor) -> None:
         from torchvision.io import write_png
 
         file = self.folder / "samples" / f"{step_name(step)}.png"
-        file.parent.mkdir(exist_ok=True)
-        write_png(grid, str(file))
-        self.trackers.image(step, grid, file)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_png(grid, str(file))
+        except (OSError, RuntimeError) as error:  # torchvision's is a RuntimeError
+            log.warning(f"{file} cannot be written ({error}); training goes on without this grid")
+        else:
+            self.trackers.image(step, file)
+
+    def _later(self, call: Callable, *args: object) -> None:
+        self.waiting = [future for future in self.waiting if not future.done() or future.exception()]
+        self.waiting.append(self.thread.submit(call, *args))
+
+    def join(self) -> None:
+        """Waits until everything so far is in its files and trackers."""
+        while self.waiting:
+            self.waiting.pop(0).result()
 
     def close(self) -> None:
-        if self.file:
+        if not self.world.main:
+            return
+        try:
+            self.join()
+        finally:
+            self.thread.shutdown()
             self.file.close()
-        if self.trackers:
             self.trackers.close()

@@ -9,17 +9,16 @@ import torch
 from torch import nn
 
 from models.attention import attention_shapes, choose_kernel, install_processors, kernel_report, prefer_kernel
-from models.compile import channels_last, compile_blocks
+from models.compile import channels_last, checkpoint_blocks, compile_blocks
 from models.denoise import predict
 from models.lora import add_adapter
 from models.pipeline import empty_network
 from models.sampler import Sampler
-from trainer.config.deepspeed import deepspeed_config
+from trainer.config.deepspeed import check_role, deepspeed_config
 from trainer.config.schema import OptimizerSettings, TrainSettings
 from trainer.distributed.logs import log
 from trainer.engine.role import Role
 from trainer.engine.weight_slices import load_adapter
-from trainer.errors import UserError
 from trainer.training.run import Run
 
 
@@ -51,16 +50,12 @@ class RoleBuilder:
         """
         clip = self.settings.clip if optimizer else 0.0
         micro, accumulation = self.micro // split, self.settings.accumulation * split
-        config = deepspeed_config(ds_config, micro, accumulation, clip, self.run.settings.precision, self.world.size)
-        wanted, zero = self.run.settings.network, config["zero_optimization"]["stage"]
-        if wanted.compile and zero == 3:
-            raise UserError(
-                f"network.compile=true does not work with ZeRO-3 ({name}: {ds_config}), which gathers weights inside "
-                "the compiled blocks: use zero0, zero1 or zero2, or network.compile=false"
-            )
+        wanted, precision = self.run.settings.network, self.run.settings.precision
+        fp32 = wanted.grad_accum_dtype == "fp32" and optimizer is not None
+        config = deepspeed_config(ds_config, micro, accumulation, clip, precision, self.world.size, fp32)
+        zero = config["zero_optimization"]["stage"]
+        check_role(name, config, optimizer is not None, ds_config if wanted.compile else "")
         network = empty_network(folder)
-        if wanted.checkpointing and optimizer:
-            network.enable_gradient_checkpointing()
         self._choose_attention(network)
         if wanted.compile:
             log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
@@ -71,6 +66,8 @@ class RoleBuilder:
             add_adapter(network, self.run.settings.lora, seed, self.world.device, self.run.dtype)
             if adapter != "new":
                 load_adapter(network, adapter, self.world)
+        if wanted.checkpointing and optimizer:
+            checkpoint_blocks(network)
         variant = self.run.settings.variant
         role = Role(name, network, config, self.world, optimizer, folder, wrap=wrap, variant=variant, base=base)
         if wanted.channels_last:
@@ -84,9 +81,9 @@ class RoleBuilder:
         """Tries the attention kernels with the first network's shapes, and installs the chosen one. Raises ModelError."""
         device, dtype = self.world.device, self.run.dtype
         if not self.attention:
-            cond = self.sampler.text.encode([""], self.sampler.resolution).map(lambda v: v.to("meta"))
-            x = torch.empty(1, *self.sampler.latent_shape, device="meta")
-            t = torch.zeros(1, dtype=torch.long, device="meta")
+            cond = self.sampler.text.encode(["", ""], self.sampler.resolution).map(lambda v: v.to("meta"))
+            x = torch.empty(2, *self.sampler.latent_shape, device="meta")
+            t = torch.zeros(2, dtype=torch.long, device="meta")
             shapes = attention_shapes(network, lambda twin: predict(twin, x, t, cond))
             self.attention, others = choose_kernel(self.run.settings.network.attention, tuple(shapes), dtype, device)
             self.process_wide.enter_context(prefer_kernel(self.attention, device))

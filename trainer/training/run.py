@@ -1,7 +1,9 @@
 """One run: its settings, its folder, its processes. Every verb gets one."""
 
+import contextlib
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -11,21 +13,23 @@ import torch
 import yaml
 
 from data.shard_dataset import ShardDataset
-from data.shard_patterns import expand
+from data.shard_patterns import expand, not_read
 from models.families import family_of
 from models.lora import check_targets
 from models.noise import SampleNoise
 from models.pipeline import weights_hash
 from models.sampler import Sampler
-from models.validate import check_fit, check_pipeline
+from models.validate import check_fit, check_pipeline, check_start
 from trainer import VERSION
 from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.checkpoint.files import write_text
 from trainer.config.schema import RunSettings
+from trainer.distributed.lock import LOCK
 from trainer.distributed.logs import start_log
-from trainer.distributed.world import World, barrier, from_main
+from trainer.distributed.world import World, barrier, from_main, locked_for
 from trainer.errors import UserError
 from trainer.training.hub import local_pipeline
+from trainer.training.weight_hashes import WeightHashes
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,24 @@ class Run:
         return self.checked(folder, self.settings.student_timesteps)
 
     def require_pipeline(self) -> None:
-        """Fetches and checks the teacher's pipeline: for the start of a verb, before anything is written."""
-        _ = self.pipeline_folder
+        """Fetches and checks the networks that a run starts from: for the start of a verb, before anything is written."""
+        _ = self.pipeline_folder, self.start_folder
 
     @property
     def teacher_folder(self) -> Path:
         """The weights folder of the teacher's denoiser."""
         return self.pipeline_folder / family_of(self.pipeline_folder).part
 
+    @cached_property
+    def digest(self) -> WeightHashes:
+        """Hashes weight files, or remembers their hashes from an earlier start; for rank 0."""
+        return WeightHashes(self.folder)
+
     @property
     def start_folder(self) -> Path:
         """The weights folder that the generator starts from."""
-        return Path(self.settings.generator_start) if self.settings.generator_start else self.teacher_folder
+        start = self.settings.generator_start
+        return check_start(Path(start), self.settings.variant) if start else self.teacher_folder
 
     def checked(self, folder: Path, timesteps: tuple[int, ...] = ()) -> Path:
         """The pipeline folder, if it is complete and fits the settings and the generator's timesteps. Raises ModelError."""
@@ -78,7 +88,7 @@ class Run:
     def weights_hash(self, folder: Path) -> str:
         """The sha256 of a weights folder, read once, by rank 0 alone. Every rank must call it."""
         if folder not in self._hashes:
-            mine = weights_hash(folder, self.settings.variant) if self.world.main else None
+            mine = weights_hash(folder, self.settings.variant, digest=self.digest) if self.world.main else None
             self._hashes[folder] = from_main(mine, self.world)
         return self._hashes[folder]
 
@@ -96,13 +106,33 @@ class Run:
         Raises DataError."""
         data = self.settings.data
         paths = expand(getattr(data, split), f"data.{split}")
-        return ShardDataset(paths, data.resolution, want, self.settings.seed, data.image_keys, data.caption_key)
+        dataset = ShardDataset(paths, data.resolution, want, self.settings.seed, **data.keys)
+        dataset.rejected += not_read(getattr(data, split), f"data.{split}")
+        return dataset
 
     def sampler(self, pipeline: Path, dtype: torch.dtype | None = None) -> Sampler:
         """The sampler of a pipeline folder. dtype: of the text encoders (default: the run's)."""
         s = self.settings
         where = dtype or self.dtype, self.world.device
         return Sampler.load(pipeline, s.data.resolution, *where, s.variant, s.timestep_shift)
+
+    @contextlib.contextmanager
+    def training(self, stage: str, *shared: Path) -> Iterator[Path]:
+        """The stage's folder, as `stage_folder` makes it, while no other job trains there, nor writes to the folders `shared`.
+        Every rank must enter it. Raises UserError, and writes nothing, if another job does."""
+        remedy = "wait for it, cancel it, or name another run folder (run=...)"
+        files = [folder / LOCK for folder in (self._made(stage), *shared)]
+        with locked_for(f"disback {stage}", files, remedy, self.world):
+            yield self.stage_folder(stage)
+
+    def _made(self, stage: str) -> Path:
+        try:
+            (self.folder / stage).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.folder}: cannot be written: {error.strerror}: choose another with run=..."
+            ) from error
+        return self.folder / stage
 
     def stage_folder(self, stage: str, training: bool = True) -> Path:
         """The stage's folder, created if need be; from here on messages also go to its log.txt. If the stage trains, the
@@ -113,8 +143,8 @@ class Run:
         folder = self.folder / stage
         if self.fresh and CheckpointDirectory(folder).latest():
             raise UserError(f"--fresh: {folder} has a checkpoint: name another run folder (run=...) or remove this one")
+        self._made(stage)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if self.world.main and training:
                 write_text(self._resolved(), self.folder / "config.yaml", durable=False)
         except OSError as error:

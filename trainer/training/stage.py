@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.loader import Batch, Batches
 from data.sampling_order import BatchSplit
-from models.compile import set_tf32
+from models.compile import set_deterministic, set_tf32
 from models.conditioning import Conditioning
 from models.profile import pass_flops
 from models.sampler import ImageNoise
@@ -26,7 +26,7 @@ from trainer.training.metrics import Meters
 from trainer.training.preview import preview_grid
 from trainer.training.roles import RoleBuilder
 from trainer.training.run import Run
-from trainer.training.state_parts import RoleWatch, SkippedSamples, StatePart
+from trainer.training.state_parts import RoleWatch, SampleCounts, StatePart
 from trainer.training.trackers import check_trackers
 
 
@@ -50,14 +50,15 @@ class Stage(ABC):
         self.inputs, self.dataset = inputs, run.dataset("train", inputs)
         self.batches: Batches | None = None
         self.noise = run.noise(name)
-        self.meters, self.skipped = Meters(self.split), SkippedSamples(run.world)
+        self.meters, self.counts = Meters(self.split), SampleCounts(run.world)
         self.roles: dict[str, Role] = {}
-        self.parts: dict[str, StatePart] = {"meters": self.meters, "skipped": self.skipped}
+        self.parts: dict[str, StatePart] = {"meters": self.meters, "skipped": self.counts}
         self.update_every: dict[str, int] = {}
         self.flops = 0.0
         self.forwards = 0.0
         self.identity = self._identity()
         set_tf32(run.settings.network.tf32)
+        set_deterministic(run.settings.network.deterministic)
         if self.dataset.rejected:
             log.warning(f"{name}: skips samples of the shards: {dict(self.dataset.rejected)}")
 
@@ -69,6 +70,8 @@ class Stage(ABC):
         identity = {f"{self.name}.{k}": v for k, v in fixed.items() if not k.endswith("ds_config")}
         identity |= {"timestep_shift": self.run.settings.timestep_shift, "seed": self.run.settings.seed}
         identity |= {"precision": self.run.settings.precision, "samples": len(self.dataset)}
+        if self.run.settings.network.grad_accum_dtype != "auto":  # another optimizer of DeepSpeed's, with other files
+            identity["network.grad_accum_dtype"] = self.run.settings.network.grad_accum_dtype
         if encoded := [what for what in self.inputs if what in ("latents", "text")]:
             log.info(f"{self.name}: reads encoded {' and '.join(encoded)} from the shards")
             identity["data.cached"] = [*encoded, self.dataset.encoding]
@@ -154,7 +157,7 @@ class Stage(ABC):
             began = time.monotonic()
             batch = next(self.batches)
             self.meters.add("data_seconds", time.monotonic() - began)
-            self.skipped.reasons.update(batch.skipped)
+            self.counts.skipped.update(batch.skipped)
             yield batch
 
     def keep_norms(self, steps_to_line: int) -> None:
@@ -163,11 +166,11 @@ class Stage(ABC):
             role.keep_norm = steps_to_line < self.update_every.get(name, 1)
 
     def device_values(self) -> dict:
-        """Values for the metrics that wait for the device: means since the last line, gradient norms, skipped samples and
-        updates so far over all ranks, and how far weights moved since the last line."""
+        """Values for the metrics that wait for the device: means since the last line, gradient norms, skipped samples,
+        truncated captions and skipped updates so far over all ranks, and how far weights moved since the last line."""
         values = self.meters.read(self.world)
-        count = torch.tensor([float(self.skipped.reasons.total())], device=self.world.device)
-        values["skipped_samples"] = int(sum_over_ranks(count, self.world))
+        counts = torch.tensor([self.counts.skipped.total(), self.counts.truncated], device=self.world.device)
+        values["skipped_samples"], values["truncated_captions"] = sum_over_ranks(counts, self.world).tolist()
         values["skipped_updates"] = sum(role.skipped_updates() for role in self.trained.values())
         ratios = torch.stack([role.update_ratio() for role in self.trained.values()])
         ratios = mean_over_ranks(ratios, self.world).tolist()
@@ -204,6 +207,8 @@ class DenoiserStage(Stage):
     def encode(self, batch: Batch, time_ids: Tensor | None = None) -> Conditioning:
         """Conditioning of a batch's captions or of their encoded text. time_ids: default: uncropped square images."""
         time_ids = self.sampler.resolution if time_ids is None else time_ids
+        if "states" not in batch.cached:
+            self.counts.truncated += self.sampler.text.truncated(batch.captions)
         return self.sampler.text.encode_or_load(batch.captions, batch.cached, time_ids)
 
     def count_flops(self, per_sample: Callable[..., float], role: Role, gan: bool = False, lora: bool = True) -> None:

@@ -1,11 +1,13 @@
 """Experiment trackers of a stage: TensorBoard and, through accelerate, W&B, MLflow, Comet and SwanLab.
 
 Only rank 0 has any. A tracker is an extra: metrics.jsonl and samples/ hold everything, so one that fails is dropped.
+They are started and closed by the training thread, since some set signal handlers; a thread of MetricsWriter logs to them.
 """
 
 import importlib.util
 import json
 import os
+import struct
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +16,6 @@ from typing import Protocol
 
 from accelerate import PartialState
 from accelerate.tracking import CometMLTracker, GeneralTracker, MLflowTracker, SwanLabTracker, WandBTracker
-from PIL import Image
-from torch import Tensor
 
 from trainer.checkpoint.files import write_text
 from trainer.distributed.logs import log
@@ -58,8 +58,8 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
 class Tracker(Protocol):
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
 
-    def image(self, step: int, grid: Tensor, file: Path) -> None:
-        """grid: uint8 [3, H, W]. file: the same as a PNG."""
+    def image(self, step: int, file: Path) -> None:
+        """file: a grid of samples as a PNG."""
 
     def close(self) -> None: ...
 
@@ -76,8 +76,14 @@ class TensorBoard:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
-    def image(self, step: int, grid: Tensor, file: Path) -> None:
-        self.writer.add_image("samples", grid, step)
+    def image(self, step: int, file: Path) -> None:
+        """With the bytes of the file: `add_image` would compress the pixels once more."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        data = file.read_bytes()
+        width, height = struct.unpack(">II", data[16:24])  # of the PNG's header
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="samples", image=image)]), step)
 
     def close(self) -> None:
         self.writer.close()
@@ -107,8 +113,8 @@ class AccelerateTracker:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.tracker.log(values, step=step)
 
-    def image(self, step: int, grid: Tensor, file: Path) -> None:
-        self.tracker.log_images({"samples": [Image.fromarray(grid.permute(1, 2, 0).numpy())]}, step=step)
+    def image(self, step: int, file: Path) -> None:
+        self.tracker.log_images({"samples": [str(file)]}, step=step)
 
     def close(self) -> None:
         self.tracker.finish()
@@ -128,13 +134,14 @@ class Wandb(AccelerateTracker):
         if step >= self.tracker.run.starting_step:  # W&B would warn about each and ignore it
             super().scalars(step, values)
 
-    def image(self, step: int, grid: Tensor, file: Path) -> None:
+    def image(self, step: int, file: Path) -> None:
         if step >= self.tracker.run.starting_step:
-            super().image(step, grid, file)
+            super().image(step, file)
 
 
 class MLflow(AccelerateTracker):
-    """MLflow chooses the id. Values of repeated steps are kept beside the first ones."""
+    """MLflow chooses the id. Values of repeated steps are kept beside the first ones. Its active run is that of one thread: in
+    another, calls must name the run, or they would begin a new one."""
 
     def make(self) -> GeneralTracker:
         # Each call waits for the server. By default a silent one is asked for many minutes, and all ranks wait for rank 0.
@@ -146,8 +153,13 @@ class MLflow(AccelerateTracker):
         self.id = self.tracker.tracker.info.run_id
         super().describe(flatten(config))
 
-    def image(self, step: int, grid: Tensor, file: Path) -> None:
-        self.tracker.log_artifact(str(file), "samples")
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.tracker.log(values, step=step, run_id=self.id)
+
+    def image(self, step: int, file: Path) -> None:
+        import mlflow
+
+        mlflow.log_artifact(str(file), "samples", run_id=self.id)
 
 
 class Comet(AccelerateTracker):
@@ -158,7 +170,7 @@ class Comet(AccelerateTracker):
         self.tracker.tracker.set_name(self.name)
         super().describe(flatten(config))
 
-    def image(self, step: int, grid: Tensor, file: Path) -> None:
+    def image(self, step: int, file: Path) -> None:
         self.tracker.tracker.log_image(str(file), name="samples", step=step)
 
 
@@ -189,11 +201,11 @@ class Trackers:
             with self._dropped_if_it_fails(name):
                 tracker.scalars(step, values)
 
-    def image(self, step: int, grid: Tensor, file: Path) -> None:
-        """grid: uint8 [3, H, W] on the CPU. file: the same as a PNG."""
+    def image(self, step: int, file: Path) -> None:
+        """file: a grid of samples as a PNG."""
         for name, tracker in list(self.open.items()):
             with self._dropped_if_it_fails(name):
-                tracker.image(step, grid, file)
+                tracker.image(step, file)
 
     def close(self) -> None:
         for name, tracker in list(self.open.items()):
