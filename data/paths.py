@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator
 
-VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})")
 Value = TypeVar("Value", str, list, dict)
 
 

@@ -41,7 +41,7 @@ def not_read(patterns: str | list[str], setting: str = "shards") -> Counter[str]
 def _paths(patterns: str | list[str], setting: str) -> Iterator[Path]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for text in _braces(pattern, setting) if pattern else []:
-            yield Path(text).expanduser()
+            yield Path(text)
 
 
 def _braces(pattern: str, setting: str) -> list[str]:

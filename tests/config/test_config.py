@@ -211,3 +211,13 @@ def test_deepspeed_contradictions_are_refused(tmp_path):
 
 def test_the_written_reference_is_the_codes():
     assert (support.REPOSITORY / "docs" / "configuration.md").read_text() == reference(), "run `make docs`"
+
+
+def test_several_merges_are_laid_over_each_other(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        f"extends: {support.TINY}\nrecord: {{<<: {{steps: 3, probe: 5}}, <<: {{nodes: 2}}, steps: 7}}\nrun: runs/a$1\n"
+    )
+    settings = load_settings(file, [])
+    assert (settings.record.steps, settings.record.probe, settings.record.nodes) == (7, 5, 2)
+    assert settings.run == "runs/a$1"  # no name of a variable

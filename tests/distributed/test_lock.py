@@ -178,3 +178,16 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: File exists"), locked(tmp_path / "file" / LOCK, "x"):
         pass
+
+
+def test_a_dead_process_that_nobody_waited_for_holds_nothing():
+    """In a container whose first process does not reap, killed owners stay in the process table."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert lock._start_of(child.pid)
+    child.kill()
+    deadline = time.monotonic() + 10
+    while lock._start_of(child.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert Path(f"/proc/{child.pid}").exists()
+    child.wait()

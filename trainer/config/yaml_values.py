@@ -26,6 +26,8 @@ class _Loader(yaml.SafeLoader):
         """Refuses equal keys first, while what a `<<` brings in, which may be replaced, is not among them."""
         seen = {}
         for key, _ in node.value if isinstance(node, MappingNode) else ():
+            if key.tag == "tag:yaml.org,2002:merge":  # several `<<` are laid over each other
+                continue
             mark = seen.setdefault((key.tag, str(key.value)), key.start_mark)
             if mark is not key.start_mark:
                 one, other = mark.line + 1, key.start_mark.line + 1

@@ -9,15 +9,19 @@ import os
 import select
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
 from trainer.distributed.group import this_rank
 from trainer.distributed.job import node_name, write_exit_status
+from trainer.distributed.stop_flag import stop_requested
 
 PROGRAMS = {"torchrun", "deepspeed", "accelerate", "accelerate-launch"}
 MODULES = ("torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.", "accelerate.commands.")
 FAILED = 1
+ASKED_SECONDS = 2.0  # from the end of a launcher to the signal that it passes on
+SAVE_SECONDS = 300.0  # for a stop on that signal; DeepSpeed's inner launcher gives the ranks less
 
 _watching = False
 
@@ -81,7 +85,14 @@ def end_with_launcher() -> None:
 
 
 def _watch(launchers: select.poll) -> None:
+    """DeepSpeed's outer process dies of the signal that asks all to stop, at once, while the ranks still save."""
     launchers.poll()
+    asked, patience = stop_requested(), time.monotonic() + ASKED_SECONDS
+    while not asked and time.monotonic() < patience:
+        time.sleep(0.1)
+        asked = stop_requested()
+    if asked:
+        time.sleep(SAVE_SECONDS)
     _end()
 
 

@@ -33,9 +33,10 @@ FAILED = 1
 
 
 def _start_of(process: int) -> str:
-    """When a process started, in ticks since boot; "" if there is none."""
+    """When a process started, in ticks since boot; "" if there is none, or it is dead and nobody has waited for it."""
     try:
-        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+        fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+        return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
     except (OSError, IndexError):
         return ""
 
@@ -133,7 +134,8 @@ class Lock:
             self._silence = owner.token, beat
         # An earlier start of this Slurm job is about to end: it is waited for.
         earlier = owner.job != "" and owner.job == self._owner.job and owner.restarts != self._owner.restarts
-        self.running = not earlier and (locked is False or beat > self._silence[1]) and silent < STUCK_SECONDS
+        quiet = silent > 3 * BEAT_SECONDS  # its node may be dead, and its lock still there: it is waited for
+        self.running = not earlier and (beat > self._silence[1] or (locked is False and not quiet))
         if locked is False and silent >= STUCK_SECONDS:
             self.path.unlink()  # the next attempt has a new file, which nobody has locked
             return False
@@ -163,10 +165,16 @@ class Lock:
             owner = Owner.read(file)
         return owner is not None and owner.token == self._owner.token
 
+    def _taken_over(self) -> bool:
+        """An unreadable record is none of another job."""
+        with self.path.open() as file:
+            owner = Owner.read(file)
+        return owner is not None and owner.token != self._owner.token
+
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # the file system may be away for a moment
-                if not self._is_mine() and not self._ended.is_set():
+                if self._taken_over() and not self._ended.is_set():
                     self._end()
                 os.utime(self.path)
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader import STOP_SIGNALS
+from trainer.distributed.stop_flag import note_stop
 from trainer.distributed.world import World
 
 
@@ -38,6 +39,7 @@ class StopRequest:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the save
         self.received = number
+        note_stop()
 
     def agreed(self) -> bool:
         """Whether to save and stop now. Every rank calls it once per step and gets the same answer."""

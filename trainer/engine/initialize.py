@@ -37,18 +37,20 @@ def _update_on_device(optimizer: FP16_UnfusedOptimizer) -> None:
 
     @torch.no_grad()
     def step(closure: None = None) -> None:
-        used = [(master, p.grad) for master, p in zip(masters, weights, strict=True) if p.grad is not None]
-        for master, _ in used:
+        gradients = []
+        for master, p in zip(masters, weights, strict=True):
+            if p.grad is None:  # unused in this update: its moments and its decay go on, as in DeepSpeed
+                p.grad = torch.zeros_like(p)
             master.grad = torch.empty_like(master)
-        gradients = [master.grad for master, _ in used]
-        torch._foreach_copy_(gradients, [gradient for _, gradient in used])
+            gradients.append(master.grad)
+        torch._foreach_copy_(gradients, [p.grad for p in weights])
         norm = torch.nn.utils.get_total_norm(gradients)
         if optimizer.clip_grad > 0:
-            torch.nn.utils.clip_grads_with_norm_([master for master, _ in used], optimizer.clip_grad, norm)
+            torch.nn.utils.clip_grads_with_norm_(masters, optimizer.clip_grad, norm)
         optimizer._global_grad_norm = norm
         optimizer.optimizer.step()
         torch._foreach_copy_(weights, masters)
-        for master, _ in used:
+        for master in masters:
             master.grad = None
 
     optimizer.step = step

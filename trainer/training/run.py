@@ -121,7 +121,8 @@ class Run:
         """The stage's folder, as `stage_folder` makes it, while no other job trains there, nor writes to the folders `shared`.
         Every rank must enter it. Raises UserError, and writes nothing, if another job does."""
         remedy = "wait for it, cancel it, or name another run folder (run=...)"
-        files = [folder / LOCK for folder in (self._made(stage), *shared)]
+        folders = dict.fromkeys(folder.resolve() for folder in (self._made(stage), *shared))
+        files = [folder / LOCK for folder in folders]
         with locked_for(f"disback {stage}", files, remedy, self.world):
             yield self.stage_folder(stage)
 

@@ -27,7 +27,7 @@ class WeightHashes:
     def __call__(self, files: Sequence[Path]) -> str:
         name, stamps = "\n".join(str(Path(file).resolve()) for file in files), _stamps(files)
         known = self._read().get(name)
-        if known and known["stamps"] == stamps:
+        if isinstance(known, dict) and known.get("stamps") == stamps and known.get("sha256"):
             return known["sha256"]
         digest = files_hash(files)
         settled = time.time_ns() - max(changed for _, changed in stamps) > SETTLED_NS
@@ -37,9 +37,10 @@ class WeightHashes:
 
     def _read(self) -> dict[str, dict]:
         try:
-            return json.loads(self.file.read_text())
+            found = json.loads(self.file.read_text())
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def _write(self, known: dict[str, dict]) -> None:
         temporary = self.file.with_name(f"{FILE}.{uuid.uuid4().hex}")  # two jobs may share a run folder
