@@ -12,10 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -119,6 +121,18 @@ def tiny_clip(folder: Path) -> list[str]:
             save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
     return ["evaluate.features=clip", f"evaluate.clip_model=local-dir:{folder}", "evaluate.patch=6"]
+
+
+def pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    """uint8 images [H, W, 3] of sizes (width, height), coarse enough to survive a resize."""
+    rng = np.random.default_rng(0)
+    return [
+        np.asarray(Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).resize(size)) for size in sizes
+    ]
+
+
+def tensors(images: list[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
 
 
 def zero(stage: str) -> list[str]:

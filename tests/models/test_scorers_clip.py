@@ -6,12 +6,12 @@ import shutil
 import socket
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support import pictures, tensors
 from torchvision.transforms.functional import center_crop
 
 from models.errors import ModelError
@@ -25,18 +25,6 @@ TINY = {
     "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-
-
-def pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
-    """uint8 images [H, W, 3] of sizes (width, height), coarse enough to survive a resize."""
-    rng = np.random.default_rng(0)
-    return [
-        np.asarray(Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).resize(size)) for size in sizes
-    ]
-
-
-def tensors(images: list[np.ndarray]) -> list[torch.Tensor]:
-    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
 
 
 @pytest.fixture

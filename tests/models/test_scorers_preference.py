@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from support import pictures, tensors
 from torchvision import transforms
 from torchvision.transforms import functional as vision
 from transformers import CLIPConfig, CLIPModel
@@ -18,18 +19,6 @@ from models.scorers.preference import HpsV2, PickScore
 CPU = torch.device("cpu")
 PROMPTS = ["A red fox by the sea", "two dogs", " ".join(["a plate of food, from above"] * 20)]
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
-    """uint8 images [H, W, 3] of sizes (width, height), coarse enough to survive a resize."""
-    rng = np.random.default_rng(0)
-    return [
-        np.asarray(Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).resize(size)) for size in sizes
-    ]
-
-
-def tensors(images: list[np.ndarray]) -> list[torch.Tensor]:
-    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
 
 
 @pytest.fixture

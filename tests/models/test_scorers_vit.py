@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import pictures, tensors
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
 
@@ -13,18 +14,6 @@ from models.scorers.dinov2 import DinoV2
 
 CPU = torch.device("cpu")
 WIDTH, DEPTH = 128, 2
-
-
-def pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
-    """uint8 images [H, W, 3] of sizes (width, height), coarse enough to survive a resize."""
-    rng = np.random.default_rng(0)
-    return [
-        np.asarray(Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).resize(size)) for size in sizes
-    ]
-
-
-def tensors(images: list[np.ndarray]) -> list[torch.Tensor]:
-    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
 
 
 def dino_weights() -> dict[str, torch.Tensor]:

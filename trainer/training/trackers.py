@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +90,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class AccelerateTracker:
+class AccelerateTracker(ABC):
     """One run in a tracker of accelerate. id: of the run; a restart passes it as `known` to continue the same run."""
 
     def __init__(self, folder: Path, known: str | None, config: dict):
@@ -104,8 +105,9 @@ class AccelerateTracker:
         if known is None:
             self.describe(config)
 
+    @abstractmethod
     def make(self) -> GeneralTracker:
-        raise NotImplementedError
+        """The library's tracker of this run, not started."""
 
     def describe(self, config: dict) -> None:
         self.tracker.store_init_configuration(config)
