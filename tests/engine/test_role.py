@@ -7,9 +7,10 @@ from deepspeed.utils import safe_get_full_grad
 
 from benchmarks.device_waits import Counts
 from models.pipeline import empty_network, load_network
+from trainer.checkpoint.reshard_optimizer import reshard
 from trainer.config.deepspeed import deepspeed_config
 from trainer.config.schema import OptimizerSettings
-from trainer.engine.deepspeed_internals import MASTER, Piece, live_pieces
+from trainer.engine.deepspeed_internals import MASTER, MOMENTS, Piece, live_pieces
 from trainer.engine.role import Role
 from trainer.errors import UserError
 
@@ -82,6 +83,28 @@ def test_gradients_are_summed_in_float32(root, world, stage, tmp_path):
 
 def pieces(role) -> list[Piece]:
     return list(live_pieces(role.engine, dict(role.trained_parameters())))
+
+
+@pytest.mark.parametrize("saved", ["zero0", "zero1", "sharded"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_role_that_was_never_updated_changes_its_stage(root, world, saved, precision, tmp_path):
+    """Saved before its first update it has no moments, or DeepSpeed's zeros: its masters arrive, and no moment."""
+    folder, names = root / "base" / "pipeline" / "unet", {"sharded": support.sharded_zero3(tmp_path)}
+    for loaded in {"zero0", "zero1", "sharded"} - {saved}:
+        roles = []
+        for name in (saved, loaded):
+            config = deepspeed_config(names.get(name, name), 2, 1, 0.0, precision, world.size)
+            roles.append(Role("generator", empty_network(folder), config, world, OptimizerSettings(lr=1e-3), folder))
+        old, new = roles
+        for piece in pieces(old):
+            piece.values[MASTER].add_(1.0)  # what only the files know
+        old.save_engine(tmp_path / loaded, lambda s, f: (f.parent.mkdir(parents=True, exist_ok=True), torch.save(s, f)))
+        reshard(new, tmp_path / loaded / "generator", old.stage)
+        expected = {p.name: p.values[MASTER] for p in pieces(old)}
+        for piece in live_pieces(new.engine, dict(new.trained_parameters()), 0):
+            assert torch.equal(piece.values[MASTER], expected[piece.name])
+            assert not any(piece.values[key].any() for key in MOMENTS)
+        new.step(loss_of(new, torch.Generator().manual_seed(0)), 1e-3)
 
 
 def test_gradients_in_float32_need_a_stage_that_has_them():

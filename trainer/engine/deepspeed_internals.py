@@ -247,9 +247,13 @@ class SavedEngine:
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, name, self._model[name])
 
-    def _moments(self, state: dict) -> dict[str, Tensor]:
+    def _values(self, master: Tensor, states: dict[int, dict], index: int) -> dict[str, Tensor]:
+        """A master weight with its moments, which the optimizer does not have before the first update: zeros."""
+        state = states.get(index)
+        if state is None:
+            return {MASTER: master} | {key: torch.zeros_like(master) for key in MOMENTS}
         self.step = state["step"]
-        return {key: state[key] for key in MOMENTS}
+        return {MASTER: master} | {key: state[key] for key in MOMENTS}
 
     def _stage_0(self, names: list[str]) -> Iterator[Piece]:
         """Everything is in rank 0's file, the masters in the network (fp32) or beside it (bf16)."""
@@ -259,9 +263,8 @@ class SavedEngine:
             optimizer = optimizer["optimizer_state_dict"]
         else:
             masters = [self._model["module"][name] for name in names]
-        for name, master, index in zip(names, masters, sorted(optimizer["state"]), strict=True):
-            state = {MASTER: master} | self._moments(optimizer["state"][index])
-            yield _piece(name, 0, master.numel(), state, 0)
+        for index, (name, master) in enumerate(zip(names, masters, strict=True)):
+            yield _piece(name, 0, master.numel(), self._values(master, optimizer["state"], index), 0)
 
     def _stages_1_2(self, optimizers: list[dict]) -> Iterator[Piece]:
         """One flat tensor per group, cut anywhere: the parts of a parameter follow each other rank by rank."""
@@ -269,7 +272,7 @@ class SavedEngine:
         for saved in optimizers:
             for group, fragments in enumerate(saved["param_slice_mappings"]):
                 master = saved["single_partition_of_fp32_groups"][group]
-                state = {MASTER: master} | self._moments(saved["base_optimizer_state"]["state"][group])
+                state = self._values(master, saved["base_optimizer_state"]["state"], group)
                 for name, place in fragments.items():
                     yield _piece(name, seen[name], place.numel, state, place.start)
                     seen[name] += place.numel
@@ -279,8 +282,7 @@ class SavedEngine:
         world = len(optimizers)
         for rank, saved in enumerate(optimizers):
             for group, shapes in enumerate(self._model["param_shapes"]):
-                state = {MASTER: saved["fp32_flat_groups"][group]}
-                state |= self._moments(saved["optimizer_state_dict"]["state"][group])
+                state = self._values(saved["fp32_flat_groups"][group], saved["optimizer_state_dict"]["state"], group)
                 offset = 0
                 for name, shape in shapes.items():
                     part = -(-shape.numel() // world)
