@@ -24,9 +24,11 @@ from trainer.config.deepspeed import deepspeed_config
 from trainer.distributed.logs import no_progress_bars
 from trainer.distributed.world import World, barrier, finish, start
 from trainer.engine.role import Role
+from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.evaluation.job import Evaluation
 from trainer.evaluation.networks import Networks
+from trainer.evaluation.results_folder import ResultsFolder
 from trainer.evaluation.sources import find_source
 from trainer.path.target import ReadAhead
 
@@ -79,6 +81,12 @@ def evaluation(root, world):
             )
     barrier(world)
     evaluate(run)
+    try:
+        with ResultsFolder(root / "clip" / "open_clip_config.json").claimed(world):  # a file
+            raise AssertionError("it was claimed")
+    except UserError as error:
+        assert "cannot be written: File exists" in str(error), error  # on every rank
+    barrier(world)
 
 
 @dataclasses.dataclass(frozen=True)

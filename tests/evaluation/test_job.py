@@ -191,7 +191,8 @@ def test_published_numbers_stand_beside_faithful_runs_only(root):
 
 
 def test_two_ranks(root, clip, scored):
-    """Two processes, the second of which continues a job that one began: the numbers of one process."""
+    """Two processes, the second of which continues a job that one began: the numbers of one process. Results that cannot
+    be written end both."""
     support.ranks("evaluation", root)
     for name in ("ranks", "ranks-continued"):
         found = scores(root, name)

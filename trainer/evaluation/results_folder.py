@@ -7,15 +7,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from models.pipeline import replace_folder
 from trainer.distributed.lock import LOCK, Lock
 from trainer.distributed.logs import log
-from trainer.distributed.world import World, barrier, from_main
+from trainer.distributed.world import World, from_main
 from trainer.errors import UserError
 from trainer.evaluation.results import UNFINISHED
 
 LOCK_SECONDS = 5.0  # between looks at a lock that another job holds
+Result = TypeVar("Result")
 
 
 class ResultsFolder:
@@ -60,18 +62,30 @@ class ResultsFolder:
     @contextlib.contextmanager
     def claimed(self, world: World) -> Iterator[None]:
         """While a block runs, no other job writes here; this one waits for its turn. The lock dies with its process. Every rank
-        must enter it."""
+        must enter it; all raise UserError if the folder cannot be written."""
         lock, told = Lock(self.folder / LOCK), False
-        while not from_main(lock.attempt() if world.main else None, world):
+        while not _by_main(lock.attempt, world):
             if world.main and not told:
                 told = True
                 log.info(f"another job evaluates into {self.folder} ({lock.holder}): waiting for its current source")
             time.sleep(LOCK_SECONDS)
         try:
-            if world.main:
-                self.repair()
-            barrier(world)
+            _by_main(self.repair, world)
             yield
         finally:
             if world.main:
                 lock.release()
+
+
+def _by_main(call: Callable[[], Result], world: World) -> Result:
+    """What a call by rank 0 returns, on every rank. If it fails, all raise UserError and none is left waiting for it."""
+    result = problem = None
+    if world.main:
+        try:
+            result = call()
+        except (OSError, UserError) as error:
+            problem = str(error)
+    result, problem = from_main((result, problem), world)
+    if problem:
+        raise UserError(problem)
+    return result
