@@ -11,6 +11,7 @@ from trainer.config.load import load_settings
 from trainer.config.reference import reference
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.planner.search import changed
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,15 @@ def test_home_and_variables_in_every_path(monkeypatch):
     clip = load_settings(support.TINY, ["evaluate.clip_model=local-dir:~/clip"]).evaluate.clip_model
     assert clip == "local-dir:/home/someone/clip"
     assert load_settings(support.TINY, ["evaluate.clip_model=ViT-B-32"]).evaluate.clip_model == "ViT-B-32"
+
+
+def test_a_literal_dollar_in_a_path(monkeypatch):
+    """`$$` before a name; a settings object that a plan changes is not expanded once more."""
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    flags = ["run=$$SCRATCH/$SCRATCH/$${x}", "path=a$/$5$$", "evaluate.clip_model=local-dir:$$a"]
+    for settings in (read := load_settings(support.TINY, flags), changed(read, {"seed": 3})):
+        assert (settings.run, settings.path) == ("$SCRATCH//scratch/${x}", "a$/$5$$")
+        assert settings.evaluate.clip_model == "local-dir:$a"
 
 
 def test_every_text_setting_is_a_path_or_known_not_to_be(monkeypatch):

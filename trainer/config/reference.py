@@ -13,6 +13,8 @@ Made by `make docs` from `trainer/config/schema.py` and `evaluation.py`, `models
 file; `extends: other.yaml` lays it over another one, and `key.sub=value` on the command line goes over both. DeepSpeed's
 own settings are JSON files that the `*_ds_config` keys name: one of `ds_configs/` (`zero0` to `zero3`, `teacher`) or a
 path. Batch size, accumulation, clipping and precision are set here only; a JSON that sets them too is refused.
+
+In a path, `~`, `$VAR` and `${VAR}` are expanded; `$$` before a name is a literal `$`.
 """
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import product
 
+from data.paths import RESOLVED
 from models.architecture import Architecture
 from trainer.config.schema import RunSettings
 from trainer.errors import UserError
@@ -25,7 +26,7 @@ def changed(settings: RunSettings, overrides: dict[str, object]) -> RunSettings:
         for parent in parents:
             section = section[parent]
         section[last] = value
-    return RunSettings.model_validate(values)
+    return RunSettings.model_validate(values, context=RESOLVED)
 
 
 def _alternatives(settings: RunSettings, plan: StagePlan) -> list[list[Change]]:
