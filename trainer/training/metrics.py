@@ -3,8 +3,7 @@
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from trainer.checkpoint.files import write_text
 from trainer.distributed.logs import duration, log
 from trainer.distributed.world import World, mean_over_ranks
 from trainer.planner.flops import card_peak
-from trainer.training.trackers import Trackers
+from trainer.training.background import Background
+from trainer.training.trackers import HANG_SECONDS, Trackers
 
 KEYS = (
     "step images_seen time compute gpu_hours step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu "
@@ -95,8 +95,7 @@ class MetricsWriter:
         self.folder, self.world, self.name, self.steps = folder, world, name, steps
         self.first, self.began = first, time.monotonic()
         self.peak = peak_tflops(world.device)
-        self.file = self.trackers = self.thread = None
-        self.waiting: list[Future] = []
+        self.file = self.trackers = self.background = None
         if not world.main:
             return
         path = folder / "metrics.jsonl"
@@ -107,7 +106,7 @@ class MetricsWriter:
         write_text("".join(kept), path, durable=False)
         self.file = path.open("a", buffering=1)
         self.trackers = Trackers(trackers, folder, first, config)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="metrics-writer")
+        self.background = Background()
 
     def line(self, step: int, values: dict[str, float | int | None]) -> None:
         """One line at a step (counted from 1). Missing keys are null."""
@@ -119,7 +118,7 @@ class MetricsWriter:
         record = dict.fromkeys(KEYS) | {"step": step, "memory_gb": memory_gb(self.world.device)} | values
         self.file.write(json.dumps(record) + "\n")
         scalars = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
-        self._later(self.trackers.scalars, step, scalars)
+        self.background.submit(self.trackers.scalars, step, scalars)
         self._progress(step, record)
 
     def _progress(self, step: int, record: dict) -> None:
@@ -137,7 +136,7 @@ class MetricsWriter:
     def image(self, step: int, grid: Tensor) -> None:
         """A uint8 grid [3, H, W] on the CPU to samples/step-00000500.png and to the trackers."""
         if self.world.main:
-            self._later(self._write_image, step, grid)
+            self.background.submit(self._write_image, step, grid)
 
     def _write_image(self, step: int, grid: Tensor) -> None:
         from torchvision.io import write_png
@@ -151,14 +150,11 @@ class MetricsWriter:
         else:
             self.trackers.image(step, file)
 
-    def _later(self, call: Callable, *args: object) -> None:
-        self.waiting = [future for future in self.waiting if not future.done() or future.exception()]
-        self.waiting.append(self.thread.submit(call, *args))
-
     def join(self) -> None:
-        """Waits until everything so far is in its files and trackers."""
-        while self.waiting:
-            self.waiting.pop(0).result()
+        """Waits until everything so far is in its files and trackers. A tracker that hangs is dropped."""
+        while self.world.main and not self.background.join(HANG_SECONDS):
+            if self.trackers.drop_hanging():
+                self.background.abandon()
 
     def close(self) -> None:
         if not self.world.main:
@@ -166,6 +162,6 @@ class MetricsWriter:
         try:
             self.join()
         finally:
-            self.thread.shutdown()
+            self.background.close()
             self.file.close()
             self.trackers.close()

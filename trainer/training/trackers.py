@@ -1,6 +1,7 @@
 """Experiment trackers of a stage: TensorBoard and, through accelerate, W&B, MLflow, Comet and SwanLab.
 
-Only rank 0 has any. A tracker is an extra: metrics.jsonl and samples/ hold everything, so one that fails is dropped.
+Only rank 0 has any. A tracker is an extra: metrics.jsonl and samples/ hold everything, so one that fails or hangs is
+dropped.
 They are started and closed by the training thread, since some set signal handlers; a thread of MetricsWriter logs to them.
 """
 
@@ -26,6 +27,7 @@ PROJECT = "disback"
 RUN_IDS = "trackers.json"  # in the stage's folder: tracker -> id of the run that every restart continues
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow", "comet": "comet_ml", "swanlab": "swanlab"}
 FINISH_SECONDS = 60.0  # W&B's upload at the end of a stage; a preempted job has little more before it is killed
+HANG_SECONDS = 120.0  # for one call of a tracker, when a save waits for it; MLflow's own patience is 60 s
 # accelerate takes these as a sign that it should join a process group and choose a device.
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -189,11 +191,14 @@ SERVICES = {"wandb": Wandb, "mlflow": MLflow, "comet": Comet, "swanlab": SwanLab
 
 
 class Trackers:
-    """The trackers of a stage, on rank 0. None of them ends training: one that fails is dropped, with one warning."""
+    """The trackers of a stage, on rank 0. None of them ends training: one that fails or hangs is dropped, with one
+    warning."""
 
     def __init__(self, names: Sequence[str], folder: Path, first: int, config: dict):
         """names: `loop.trackers`. folder: of the stage. first: the resumed step. config: of the run, logged once."""
         self.open: dict[str, Tracker] = {}
+        self._busy: str | None = None  # the tracker that is being called
+        self._dropped: set[str] = set()
         for name in dict.fromkeys(names):
             with self._dropped_if_it_fails(name):
                 self.open[name] = TensorBoard(folder, first) if name == "tensorboard" else _start(name, folder, config)
@@ -215,17 +220,34 @@ class Trackers:
                 tracker.close()
         self.open.clear()
 
+    def drop_hanging(self) -> bool:
+        """Drops the tracker whose call does not return; False if none is being called. What the call had for the trackers
+        after it is lost."""
+        name = self._busy
+        if name:
+            self._drop(name, f"it has not answered for {HANG_SECONDS:g} s")
+        return bool(name)
+
     @contextmanager
     def _dropped_if_it_fails(self, name: str) -> Iterator[None]:
+        self._busy = name
         try:
             yield
         except Exception as error:  # of any type: the packages raise their own, and OSError
-            self.open.pop(name, None)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            log.warning(
-                f"{name} failed and gets nothing more until the next restart ({reason}); training goes on, and "
-                "metrics.jsonl and samples/ have everything"
-            )
+            self._drop(name, " ".join(f"{type(error).__name__}: {error}".split()))
+        finally:
+            if self._busy == name:  # not after it was dropped, when another thread is busy
+                self._busy = None
+
+    def _drop(self, name: str, reason: str) -> None:
+        self.open.pop(name, None)
+        if name in self._dropped:
+            return
+        self._dropped.add(name)
+        log.warning(
+            f"{name} failed and gets nothing more until the next restart ({reason}); training goes on, and "
+            "metrics.jsonl and samples/ have everything"
+        )
 
 
 def _start(name: str, folder: Path, config: dict) -> AccelerateTracker:
