@@ -196,28 +196,40 @@ def prefer_kernel(name: str, device: torch.device) -> Iterator[None]:
 
 def falls_through(attend: Callable[..., Tensor], others: list[SDPBackend]) -> Callable[..., Tensor]:
     """`attend`, or the other kernels where cuDNN fails. PyTorch asks cuDNN for a plan only after it has chosen cuDNN, and
-    raises if there is none for a shape; it does not go on to the next kernel. Such shapes are remembered."""
-    without_plan: set[tuple] = set()
+    raises if there is none for a shape; it does not go on to the next kernel. So every new shape is tried, forward and, if it
+    needs gradients, backward."""
+    works: dict[tuple, bool] = {}
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
         if torch.compiler.is_compiling():
             return attend(query, key, value, *args, **kwargs)
-        what = (query.dtype, query.requires_grad, *((x.shape, x.stride()) for x in (query, key, value)))
-        if what not in without_plan:
+        tensors = (query, key, value)
+        what = (query.dtype, torch.is_grad_enabled(), *((x.shape, x.stride(), x.requires_grad) for x in tensors))
+        if what not in works:
+            works[what] = True
             try:
-                return attend(query, key, value, *args, **kwargs)
+                _trial(lambda *copies: attend(*copies, *args, **kwargs), tensors)
             except RuntimeError as error:
                 if "cudnn" not in str(error).lower():
                     raise
-                without_plan.add(what)
+                works[what] = False
                 log.warning(
                     f"attention: cuDNN fails for {tuple(query.shape)} x {tuple(key.shape)} ({_reason(error, [])}): the next "
                     "kernel that supports this shape computes it"
                 )
-        with sdpa_kernel(others, set_priority=True):
+        with nullcontext() if works[what] else sdpa_kernel(others, set_priority=True):
             return attend(query, key, value, *args, **kwargs)
 
     return attention
+
+
+def _trial(attend: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> None:
+    """Forward and backward. Recomputed activations must not see the trial's: it has hooks of its own."""
+    copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        result = attend(*copies)
+        if result.requires_grad:
+            torch.autograd.grad(result, [x for x in copies if x.requires_grad], torch.ones_like(result))
 
 
 class AttentionProcessor:

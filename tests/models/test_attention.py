@@ -6,6 +6,7 @@ import pytest
 import support
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from torch.utils.checkpoint import checkpoint
 
 from models import attention
 from models.attention import (
@@ -149,9 +150,46 @@ def test_without_a_plan_the_next_kernel_runs(caplog):
     for _ in range(2):
         torch.testing.assert_close(attention_(odd, even, even), real(odd, even, even))
         attention_(even, even, even)
-    assert calls == [7, 8, 8] and caplog.text.count("cuDNN fails for (2, 2, 7, 48) x (2, 2, 8, 48)") == 1
+    assert calls == [7, 8, 8, 8] and caplog.text.count("cuDNN fails for (2, 2, 7, 48) x (2, 2, 8, 48)") == 1
     with pytest.raises(RuntimeError, match="something else"):
         attention_(torch.randn(2, 2, 9, 48), even, even)
+
+
+class NoBackward(torch.autograd.Function):
+    """cuDNN where it has a plan for the forward pass only."""
+
+    @staticmethod
+    def forward(query, key, value):
+        return torch.ops.aten.scaled_dot_product_attention(query, key, value)
+
+    @staticmethod
+    def setup_context(context, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.")
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_without_a_plan_for_the_backward_pass_the_next_kernel_runs(caplog, recomputed):
+    def attend(*tensors):
+        math = selected(AttentionShape(48, 8, 8, 1, 1, ()), torch.float32, CPU) == "math"
+        return real(*tensors) if math else NoBackward.apply(*tensors)
+
+    real, gradients = torch.nn.functional.scaled_dot_product_attention, []
+    attention_ = falls_through(attend, [KERNELS["math"]])
+    x = torch.randn(2, 2, 8, 48)
+    with torch.no_grad():  # as the pass before a recomputed one: it says nothing about gradients
+        assert attention_(x, x, x).grad_fn is None
+    assert not caplog.records
+    for function in (real, attention_, attention_):
+        leaf = x.clone().requires_grad_()
+        out = checkpoint(function, leaf, leaf, leaf, use_reentrant=False) if recomputed else function(leaf, leaf, leaf)
+        gradients += torch.autograd.grad(out.square().sum(), leaf)
+    assert caplog.text.count("cuDNN fails for (2, 2, 8, 48)") == 1
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-5)
 
 
 def test_fall_through_is_in_place_only_where_cudnn_is_preferred(monkeypatch):
