@@ -1,11 +1,10 @@
 """The commands as a user runs them: what they print, their exit codes, and what bad input gets: one line, exit 2.
 
-Most run in this process (support.call). Processes of their own: exit code 0 and 2 here, 75 in test_resume, DeepSpeed's launcher
-here, torchrun in test_everything.
+Most run in this process (support.call). Processes of their own: exit code 0 and 2 here, 75 in test_resume, DeepSpeed's
+launcher in tests/distributed, torchrun in test_everything.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -215,13 +214,3 @@ def test_all_verbs_in_a_row(tmp_path, monkeypatch):
     assert [row["compute"] for row in rows] == [3 * 8, 0, 4 * 8 + 10 + 9 * 8]
     again = run("backtrack")  # finished: resumes at its end and changes nothing
     assert "resumed from" in again.stderr and "backtrack 8/8" not in again.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_under_the_deepspeed_launcher(root):
-    call = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_gpus", "2", "--master_port", "29571"]
-    call += ["--module", "trainer.backtrack", *TINY, *support.places(root, "launched"), "backtrack.steps=4"]
-    done = subprocess.run(call, capture_output=True, text=True, env=support.environment() | {"DS_ACCELERATOR": "cpu"})
-    assert done.returncode == 0, done.stderr
-    assert "world_size: 2" in (root / "launched" / "config.yaml").read_text()
-    assert (root / "launched" / "generator" / "model_index.json").exists()
