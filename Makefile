@@ -26,12 +26,13 @@ demo: .venv/installed
 demo-digits: .venv/installed
 	@$(BIN)/disback demo digits --processes 1
 
-# Two workers for two cores. The tests of a file run on one worker, because they share what is trained for them.
+# Two workers for two cores. The tests of a file run on one worker, because they share what is trained for them. Files start in
+# the order of tests/conftest.py; xdist's own would leave those with few, long tests to the end.
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 # The job scripts on a real two-node Slurm, which the tests start in a temporary folder and stop again.
 test-slurm: .venv/installed

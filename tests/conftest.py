@@ -22,6 +22,12 @@ from trainer.training.run import Run
 LINEAR = torch.nn.functional.linear
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: no worker is left with a long file at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionfinish() -> None:
     from support import end_ranks
 
