@@ -142,8 +142,11 @@ def zero(stage: str) -> list[str]:
 
 
 def sharded_zero3(folder: Path) -> str:
-    """A ZeRO-3 configuration under which even the smallest parameter is sharded."""
-    return zero3_config(folder / "sharded.json")
+    """A ZeRO-3 configuration under which even the smallest parameter is sharded, and released after each use. By default
+    DeepSpeed keeps what it will use again within 1e9 elements: all of a tiny network, which it looks through after each layer,
+    in almost half of the time of a run."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    return zero3_config(folder / "sharded.json", zero_optimization=zero)
 
 
 def zero3_config(file: Path, threshold: int = 0, **values: object) -> str:
