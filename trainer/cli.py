@@ -18,6 +18,8 @@ VERBS = {
     "evaluate": "score a generator against real images",
     "export": "write a one-step diffusers pipeline",
     "report": "one HTML page of a run",
+    "compare": "what scores cost, over seeds and at equal compute",
+    "seeds": "train several methods with several seeds, and compare them",
     "status": "where a run stands, from its files alone",
 }
 

@@ -13,10 +13,11 @@ import pytest
 import support
 import yaml
 
-from trainer.demo import CONFIGS, PRIOR_SECONDS, SECONDS, TimeLeft, plan
+from trainer.demo import CONFIGS, SECONDS, plan
 from trainer.distributed.launch import Children, command
 from trainer.distributed.lock import locked
 from trainer.errors import UserError
+from trainer.sequence import PRIOR_SECONDS, TimeLeft
 
 
 def flat(values: dict, prefix: str = "") -> Iterator[str]:
