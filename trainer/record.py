@@ -90,6 +90,13 @@ class Recording(DenoiserStage):
             lambda captions, noise: self.sampler.diffusion_images(self.fake_score, captions, noise.draw(), steps, 1.0)
         )
 
+    def may_end(self, step: int) -> bool:
+        return self.settings.spacing == "distance" and self.candidates.measures(step)
+
+    @property
+    def ended(self) -> bool:
+        return self.candidates.settled
+
     @property
     def needs(self) -> Sequence[str]:
         """The candidates' folders, which a checkpoint only names."""
@@ -129,6 +136,10 @@ def record(run: Run) -> None:
         seconds = train(stage, run.settings.record.loop, run.settings.health, folder, run.world)
         nodes = stage.write_path()
     if run.world.main:
+        if stage.ended:
+            log.info(
+                f"record: ended after {stage.candidates.steps[-1]} of {stage.steps} steps: the distance has settled"
+            )
         spots = ", ".join(f"{n.index}: step {n.step}, distance {n.distance_to_node_0:.4f}" for n in nodes)
         log.info(f"record: {len(nodes)} nodes ({spots}) in {root} after {seconds:.0f} s")
 

@@ -18,7 +18,7 @@ from trainer.backtrack import Backtracking
 from trainer.config.deepspeed import deepspeed_config
 from trainer.engine.role import Role
 from trainer.errors import UserError
-from trainer.path.candidates import choose_nodes
+from trainer.path.candidates import choose_nodes, has_settled
 from trainer.path.manifest import file_hash, open_path
 from trainer.record import Recording, record
 from trainer.training import weight_hashes
@@ -202,3 +202,28 @@ def test_nodes_into_a_frozen_engine_in_place(root, world, tmp_path, config):
     assert torch.equal(prediction(role), before)
     whole = role.state_dict()
     assert all(torch.equal(whole[k], v) for k, v in load_network(teacher).state_dict().items())
+
+
+def test_a_distance_that_has_settled():
+    rising = [1 - 0.9**n for n in range(1, 60)]
+    stops = next(n for n in range(len(rising)) if has_settled(rising[:n], 0.05))
+    assert 0.9 < rising[stops - 1] < 1  # near its end, and not before
+    assert not has_settled([0.5] * 7, 0.05) and has_settled([0.5] * 8, 0.05) and not has_settled([0.5] * 100, 0.0)
+    assert has_settled([*rising[:20], 0.9, 0.8, 0.95, 0.85], 0.05)  # a single measurement decides nothing
+
+
+def test_recording_ends_where_the_distance_has_settled(root, world, tmp_path):
+    """The last node is what it ended with; one that was killed before its nodes were moved does not train on."""
+    folder, flags = tmp_path / "path", ("record.steps=40", "record.probe_every=1", "record.settle=1000")
+    run = Run(support.tiny(root, "settled", f"path={folder}", *flags), world)
+    stage = Recording(run)
+    train(stage, run.settings.record.loop, run.settings.health, run.stage_folder("record"), run.world)
+    assert stage.ended and not (folder / "path.json").exists()
+    record(run)
+    nodes = json.loads((folder / "path.json").read_text())["nodes"]
+    lines = [json.loads(line) for line in (run.folder / "record" / "metrics.jsonl").read_text().splitlines()]
+    assert nodes[-1]["step"] == lines[-1]["step"] == 8 and lines[-1]["grad_norm/fake_score"] > 0
+    assert lines[-1]["distance"] == pytest.approx(nodes[-1]["distance_to_node_0"])
+    whole = Run(support.tiny(root, "unsettled", f"path={tmp_path / 'whole'}", *flags[:2], "record.settle=0"), world)
+    record(whole)
+    assert json.loads((tmp_path / "whole" / "path.json").read_text())["nodes"][-1]["step"] == 40

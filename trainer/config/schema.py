@@ -148,6 +148,9 @@ class RecordSettings(TrainSettings):
     """samples that the score distance is measured on"""
     probe_every: int = Field(10, ge=1)
     """interval of these measurements, in steps"""
+    settle: float = Field(0.05, ge=0)
+    """with nodes spaced by distance, recording ends before `steps` when the mean distance over the last quarter of the
+    measurements (at least four) is not more than this share above that over the quarter before; 0 records all `steps`"""
     teacher_ds_config: PathText = "zero0"
     """DeepSpeed configuration of the frozen generator"""
     ds_config: PathText = "zero1"

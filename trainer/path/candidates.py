@@ -43,6 +43,16 @@ def choose_nodes(distances: list[float], count: int) -> list[int]:
     return [*chosen, last]
 
 
+def has_settled(distances: list[float], share: float) -> bool:
+    """Whether the distance no longer grows: its mean over the last quarter of the measurements, but at least four, is at most
+    `share` above that over as many before. A single distance varies by some percent from step to step."""
+    part = max(len(distances) // 4, 4)
+    if not share or len(distances) < 2 * part:
+        return False
+    before, last = sum(distances[-2 * part : -part]), sum(distances[-part:])
+    return last <= (1 + share) * before
+
+
 class Candidates:
     """Copies of the fine-tuned network, with their score distances to the teacher; part of the run state.
 
@@ -61,7 +71,7 @@ class Candidates:
         self.distances: list[float] = []  # to the teacher
         self.predictions: list[Tensor] = []  # on this rank's probe samples
         self.teacher: Tensor | None = None  # the teacher's predictions there
-        self.distance = 0.0  # as last measured
+        self.measured: list[float] = []  # every distance so far
         self.probe: Probe = []
 
     def open(self, probe: Probe, network: Role) -> None:
@@ -91,11 +101,11 @@ class Candidates:
 
     def consider(self, network: Role, step: int) -> None:
         """Saves the network as a candidate after `step` finished steps, if it is one. Every rank must call it."""
-        last = step == self.last_step
-        if self.measurements(step) == self.measurements(step - 1):
+        if not self.measures(step):
             return
         prediction = self._predict(network)
-        self.distance = self.score_distance(prediction, self.teacher)
+        self.measured.append(self.score_distance(prediction, self.teacher))
+        last = step == self.last_step or self.settled
         grown = self.distance - (self.distances[-1] if self.distances else 0.0)
         if self.settings.spacing == "distance" and not last and grown <= self.distance / (2 * self.settings.nodes):
             return
@@ -105,6 +115,20 @@ class Candidates:
         self.predictions.append(prediction.cpu())
         while len(self.steps) > 2 * self.settings.nodes:
             self._drop_nearest()
+
+    @property
+    def distance(self) -> float:
+        """As last measured."""
+        return self.measured[-1] if self.measured else 0.0
+
+    @property
+    def settled(self) -> bool:
+        """Whether recording has ended before its last step."""
+        return self.settings.spacing == "distance" and has_settled(self.measured, self.settings.settle)
+
+    def measures(self, step: int) -> bool:
+        """Whether the distance is measured after `step` finished steps."""
+        return self.measurements(step) > self.measurements(step - 1)
 
     def measurements(self, step: int) -> int:
         """How often the distance has been measured after `step` finished steps."""
@@ -132,14 +156,17 @@ class Candidates:
 
     def state_dict(self) -> dict:
         self.writer.join()  # a checkpoint only names candidates that are on the disk
-        return {name: getattr(self, name) for name in ("steps", "distances", "predictions", "teacher", "distance")}
+        return {name: getattr(self, name) for name in ("steps", "distances", "predictions", "teacher", "measured")}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("steps", "distances", "predictions", "distance"):
+        for name in ("steps", "distances", "predictions"):
             setattr(self, name, state[name])
+        self.measured = state.get("measured", [])  # checkpoints of earlier versions do not have it
         self.teacher = state["teacher"].to(self.world.device)
         missing = [name for name in self.names if not (self.folder / name).is_dir()]
-        ended = bool(self.steps) and self.steps[-1] == self.last_step  # `become_nodes` may have moved some of them
+        ended = self.settled or (
+            bool(self.steps) and self.steps[-1] == self.last_step
+        )  # `become_nodes` may have moved some of them
         if missing and not ended:
             raise UserError(
                 f"{self.folder}: {', '.join(missing)} is missing, and recording cannot resume without it: set `path` to "

@@ -96,18 +96,20 @@ class Loop:
 
     def run(self) -> None:
         stage, settings = self.stage, self.settings
-        if self.first < stage.steps:
+        if self.first < stage.steps and not stage.ended:
             stage.begin(self.first)
             if self.first == 0 and settings.sample_every:
                 self.preview(0)
         self.clock.restart(self.first)
         with StopRequest(self.world) as stop:
-            for step in range(self.first + 1, stage.steps + 1):
-                last = step == stage.steps
+            step = self.first
+            while step < stage.steps and not stage.ended:
+                step += 1
                 steps_to_line = min(-step % settings.log_every, stage.steps - step)
-                stage.keep_norms(steps_to_line)
+                stage.keep_norms(0 if stage.may_end(step) else steps_to_line)
                 stage.update(step - 1)
-                if steps_to_line == 0:
+                last = step == stage.steps or stage.ended
+                if steps_to_line == 0 or last:
                     self.log_line(step)
                 elif stage.announces(step - 1):
                     self.metrics.line(step, self.position(step) | stage.host_values(step - 1))

@@ -102,6 +102,15 @@ class Stage(ABC):
         """Only every n-th step reads samples; see data.loader.Batches."""
         return 1
 
+    def may_end(self, step: int) -> bool:
+        """Whether `ended` may become true by the update that finishes step number `step`."""
+        return False
+
+    @property
+    def ended(self) -> bool:
+        """Whether training has ended before its last step; the same on every rank."""
+        return False
+
     def announces(self, step: int) -> bool:
         """Whether a step off the logging interval gets a metrics line too (a target switch)."""
         return False
