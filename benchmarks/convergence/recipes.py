@@ -1,0 +1,78 @@
+"""What a run of the study trains: the recipe, and the methods that differ in what the fake score and the target are."""
+
+from dataclasses import asdict, dataclass, replace
+
+METHODS = {
+    "none": "plain distillation: the fake score starts from the teacher",
+    "warm": "the fake score starts from the path's far node, the target is the teacher",
+    "walk": "DisBack: the same start, the target walks the nodes in reverse order",
+    "fine": "as walk, with the nodes' weights interpolated between switches",
+    "blend": "DynaDG: target = teacher + lambda (fake score - teacher) in weights, lambda falling to 0; no recording",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run but for its problem and seed. Rates are AdamW's; compute is in forward passes of the teacher on a batch.
+
+    budget: compute of the whole run, recording and its probes included. start: the generator's weights: "teacher",
+    "random", or "small" (random, half of the channels). early: share of the generator's updates over which DynaRS draws
+    noisier timesteps (0: never). blend, blend_share: lambda at the start, and the share of the run after which it is 0.
+    ida: share by which the fake score is pulled to the generator after each generator update (SenseFlow).
+    """
+
+    method: str = "none"
+    objective: str = "dmd"
+    lr: float = 2.4e-4
+    fake_lr: float = 6e-4
+    decay: str = "cosine"
+    betas: tuple[float, float] = (0.0, 0.99)
+    fake_updates: int = 1
+    guidance: float = 1.25
+    level: float = 749
+    student: tuple[int, ...] = ()
+    ema: float = 0.9
+    budget: float = 603
+    start: str = "teacher"
+    record_steps: int = 16
+    record_lr: float = 2e-4
+    nodes: int = 4
+    interval: int = 2
+    blend: float = 0.25
+    blend_share: float = 0.5
+    early: float = 0.0
+    ida: float = 0.0
+
+    @property
+    def records(self) -> bool:
+        return self.method in ("warm", "walk", "fine")
+
+    @property
+    def recording_cost(self) -> float:
+        """A recording step is a sample and a denoising step; the path is measured on one batch after each step, and once
+        on the teacher, whose samples cost another pass."""
+        return self.record_steps * (1 + 3 + 1) + 2 if self.records else 0
+
+    @property
+    def update_cost(self) -> float:
+        """Of a generator update with its fake updates: forward 1, backward 2, and back to the input alone 1."""
+        sample = (len(self.student) + 1) / 2 if self.student else 1
+        target = 1 if self.guidance == 1 else 2
+        generator = sample + 2 + target + 1
+        if self.objective == "sid":
+            generator += target + 1
+        return generator + 3 * self.fake_updates + sample * (self.fake_updates - 1)
+
+    @property
+    def updates(self) -> int:
+        """Generator updates that the budget pays for."""
+        return int((self.budget - self.recording_cost) / self.update_cost)
+
+    def key(self) -> dict:
+        """Its fields as JSON has them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def variants(base: Recipe, **fields: list) -> list[Recipe]:
+    """The base with each value of each field in turn, and the base itself."""
+    return [base, *(replace(base, **{name: value}) for name, values in fields.items() for value in values)]

@@ -1,0 +1,131 @@
+"""What the study runs: parts, each with rows that are compared at equal compute on one problem."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from benchmarks.convergence.recipes import METHODS, Recipe
+
+PICK = (100,)  # seeds that learning rates are chosen on; quoted rows have other ones
+QUOTED = (1, 2, 3, 4, 5)
+FEW = (1, 2, 3)
+
+DIGITS = Recipe()
+EMOJI = Recipe(level=499, guidance=1.5, nodes=3, budget=603)
+# As the paper: Diff-Instruct's gradient, its Adam and equal, constant rates; no guidance, there are no captions.
+PIXELS = Recipe(
+    objective="vsd", level=1.0, guidance=1.0, betas=(0.0, 0.999), decay="constant", lr=1e-4, fake_lr=1e-4, budget=800
+)
+# DMD2's SDXL run, which the paper's code is built on; learning rates are those that suit these networks best.
+RELEASED = Recipe(
+    betas=(0.9, 0.999), decay="constant", fake_updates=5, guidance=8.0, level=399, ema=0.0, lr=1e-4, fake_lr=1e-4
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """rows: recipes by label. grid: changes of a row's recipe, of which each row but the `untuned` takes its own best."""
+
+    problem: str
+    name: str
+    rows: dict[str, Recipe]
+    seeds: tuple[int, ...] = QUOTED
+    grid: tuple[dict, ...] = ({},)
+    untuned: tuple[str, ...] = ()
+    points: int = 8
+
+
+@dataclass
+class Runs:
+    """run: (problem, recipe, seed, points) -> the points of a run, now or from an earlier call."""
+
+    run: Callable[[str, Recipe, int, int], list[dict]]
+    chosen: dict[tuple[str, str, str], Recipe] = field(default_factory=dict)
+
+    def of(self, part: Part) -> dict[str, list[list[dict]]]:
+        """Every row's runs: label -> seeds -> points."""
+        return {label: self._row(part, label, recipe) for label, recipe in part.rows.items()}
+
+    def _row(self, part: Part, label: str, recipe: Recipe) -> list[list[dict]]:
+        choices = [replace(recipe, **change) for change in (part.grid if label not in part.untuned else ({},))]
+        if len(choices) > 1:
+            tried = [[self.run(part.problem, choice, seed, part.points) for seed in PICK] for choice in choices]
+            recipe = min(zip(choices, map(merit, tried), strict=True), key=lambda pair: pair[1])[0]
+        else:
+            recipe = choices[0]
+        self.chosen[part.problem, part.name, label] = recipe
+        return [self.run(part.problem, recipe, seed, part.points) for seed in part.seeds]
+
+
+def merit(runs: list[list[dict]]) -> float:
+    """What learning rates are chosen by: the product of both metrics, over the second half of the points and all seeds."""
+    values = [point["fid"] * point["pixel_fd"] for points in runs for point in points[len(points) // 2 :]]
+    return sum(values) / len(values)
+
+
+def equal_rates(*rates: float) -> tuple[dict, ...]:
+    return tuple({"lr": rate, "fake_lr": rate} for rate in rates)
+
+
+def methods(base: Recipe, **more: object) -> dict[str, Recipe]:
+    return {name: replace(base, method=name, **more) for name in METHODS}
+
+
+def pairs(base: Recipe, changes: dict[str, dict]) -> dict[str, Recipe]:
+    """Plain distillation and the walk under each change."""
+    return {
+        f"{label}: {name}": replace(base, method=name, **change)
+        for label, change in changes.items()
+        for name in ("none", "walk")
+    }
+
+
+CHANGES = {
+    "random start": {"start": "random"},
+    "half the channels": {"start": "small"},
+    "timestep 99": {"level": 99},
+    "timestep 399": {"level": 399},
+    "timestep 999": {"level": 999},
+    "5 fake updates": {"fake_updates": 5},
+    "fake rate x 0.1": {"fake_lr": 6e-5},
+    "fake rate x 10": {"fake_lr": 6e-3},
+    "no guidance": {"guidance": 1.0},
+    "4 steps": {"student": (999, 749, 499, 249)},
+}
+TRICKS = {
+    "as it is": {},
+    "DynaRS over 0.3": {"early": 0.3},
+    "IDA 0.03": {"ida": 0.03},
+    "EMA 0.8": {"ema": 0.8},
+    "EMA 0.95": {"ema": 0.95},
+    "fake rate x 0.5": {"fake_lr": 3e-4},
+    "fake rate x 2": {"fake_lr": 1.2e-3},
+    "constant rate": {"decay": "constant"},
+    "betas (0.9, 0.999)": {"betas": (0.9, 0.999)},
+}
+RATES = tuple(
+    {"lr": lr, "fake_lr": fake} for lr, fake in ((1.2e-4, 6e-4), (2.4e-4, 6e-4), (4.8e-4, 6e-4), (2.4e-4, 3e-4))
+)
+
+
+def recipes(problem: str, ours: Recipe, budget: float, seeds: tuple[int, ...] = QUOTED) -> Part:
+    """The recipe of the release against ours, each with its own budget."""
+    rows = {"as released": replace(RELEASED, budget=budget), "ours": ours}
+    return Part(problem, "recipe", rows, seeds, equal_rates(3e-5, 1e-4), ("ours",), points=12)
+
+
+FULL = [
+    Part("photographs", "paper", methods(PIXELS), grid=equal_rates(3e-5, 1e-4, 3e-4)),
+    recipes("digits", DIGITS, 1200),
+    Part("digits", "dmd", methods(DIGITS), grid=RATES),
+    recipes("emoji", EMOJI, 603, FEW),
+    Part("emoji", "dmd", methods(EMOJI), FEW),
+    Part("emoji-pixels", "paper", methods(PIXELS), grid=equal_rates(3e-5, 1e-4, 3e-4)),
+    Part("digits", "vsd", methods(DIGITS, objective="vsd")),
+    Part("digits", "sid", methods(DIGITS, objective="sid")),
+    Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
+    Part("digits", "tricks", {label: replace(DIGITS, **change) for label, change in TRICKS.items()}, FEW),
+    Part("photographs", "dmd", methods(PIXELS, objective="dmd"), FEW, equal_rates(3e-5, 1e-4, 3e-4)),
+    Part("photographs", "sigma 2.5", methods(PIXELS, level=2.5), FEW, equal_rates(3e-5, 1e-4, 3e-4)),
+]
+QUICK = [recipes("digits", DIGITS, 1200, (1,)), Part("digits", "dmd", methods(DIGITS), (1, 2, 3))]
+PROFILES = {"quick": QUICK, "full": FULL}
