@@ -104,7 +104,8 @@ class Experiment:
 
     def backtrack(self, seconds: float) -> Task:
         part = self.training(f"backtrack {self.kind}", seconds, "backtrack", self.settings.backtrack.steps)
-        return self.task("backtrack", lambda: is_made(self.generator, self.teacher, self.path), part)
+        sources = [self.teacher] if self.settings.backtrack.path == "none" else [self.teacher, self.path]
+        return self.task("backtrack", lambda: is_made(self.generator, *sources), part)
 
     def evaluate(self, seconds: float, *more: str) -> Task:
         """Evaluates the checkpoints that have weights, and `evaluate.what`. more: overrides that the user's can replace."""

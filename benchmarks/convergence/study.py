@@ -102,9 +102,7 @@ TRICKS = {
     "constant rate": {"decay": "constant"},
     "betas (0.9, 0.999)": {"betas": (0.9, 0.999)},
 }
-RATES = tuple(
-    {"lr": lr, "fake_lr": fake} for lr, fake in ((1.2e-4, 6e-4), (2.4e-4, 6e-4), (4.8e-4, 6e-4), (2.4e-4, 3e-4))
-)
+RATES = ({"lr": 1.2e-4}, {"lr": 2.4e-4})
 
 
 def recipes(problem: str, ours: Recipe, budget: float, seeds: tuple[int, ...] = QUOTED) -> Part:
