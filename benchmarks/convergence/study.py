@@ -11,7 +11,7 @@ FEW = (1, 2, 3)
 
 DIGITS = Recipe()
 EMOJI = Recipe(level=499, guidance=1.5, nodes=3, budget=603)
-# As the paper: Diff-Instruct's gradient, its Adam and equal, constant rates; no guidance, there are no captions.
+# As the paper: Diff-Instruct's gradient, its Adam and constant rates, equal or not; no guidance, there are no captions.
 PIXELS = Recipe(
     objective="vsd", level=1.0, guidance=1.0, betas=(0.0, 0.999), decay="constant", lr=1e-4, fake_lr=1e-4, budget=800
 )
@@ -102,6 +102,7 @@ TRICKS = {
     "constant rate": {"decay": "constant"},
     "betas (0.9, 0.999)": {"betas": (0.9, 0.999)},
 }
+PIXEL_RATES = (*equal_rates(3e-5, 1e-4), {"lr": 1e-4, "fake_lr": 1e-3})
 RATES = ({"lr": 1.2e-4}, {"lr": 2.4e-4})
 
 
@@ -112,18 +113,18 @@ def recipes(problem: str, ours: Recipe, budget: float, seeds: tuple[int, ...] = 
 
 
 FULL = [
-    Part("photographs", "paper", methods(PIXELS), grid=equal_rates(3e-5, 1e-4, 3e-4)),
+    Part("photographs", "paper", methods(PIXELS), grid=PIXEL_RATES),
     recipes("digits", DIGITS, 1200),
     Part("digits", "dmd", methods(DIGITS), grid=RATES),
     recipes("emoji", EMOJI, 603, FEW),
     Part("emoji", "dmd", methods(EMOJI), FEW),
-    Part("emoji-pixels", "paper", methods(PIXELS), grid=equal_rates(3e-5, 1e-4, 3e-4)),
+    Part("emoji-pixels", "paper", methods(PIXELS), grid=PIXEL_RATES),
     Part("digits", "vsd", methods(DIGITS, objective="vsd")),
     Part("digits", "sid", methods(DIGITS, objective="sid")),
     Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
     Part("digits", "tricks", {label: replace(DIGITS, **change) for label, change in TRICKS.items()}, FEW),
-    Part("photographs", "dmd", methods(PIXELS, objective="dmd"), FEW, equal_rates(3e-5, 1e-4, 3e-4)),
-    Part("photographs", "sigma 2.5", methods(PIXELS, level=2.5), FEW, equal_rates(3e-5, 1e-4, 3e-4)),
+    Part("photographs", "dmd", methods(PIXELS, objective="dmd"), FEW, PIXEL_RATES),
+    Part("photographs", "sigma 2.5", methods(PIXELS, level=2.5), FEW, PIXEL_RATES),
 ]
 QUICK = [recipes("digits", DIGITS, 1200, (1,)), Part("digits", "dmd", methods(DIGITS), (1, 2, 3))]
 PROFILES = {"quick": QUICK, "full": FULL}

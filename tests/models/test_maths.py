@@ -167,6 +167,26 @@ def test_dmd_is_normalised_by_sample():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_objectives_are_the_score_difference_of_gaussians(prediction):
+    """Target N(1, 0.5^2), fake N(-1, 1.5^2): both gradients from the scores of x_t, which are known."""
+    s, rng = schedule(prediction), torch.Generator().manual_seed(0)
+    x0, t = torch.randn(6, 4, 3, 3, generator=rng), torch.tensor([20, 200, 400, 600, 800, 970])
+    x_t, (alpha, sigma) = s.add_noise(x0, torch.randn(x0.shape, generator=rng), t), s.alpha_sigma(t)
+
+    def score(mean, deviation):  # of N(alpha mean, alpha^2 deviation^2 + sigma^2)
+        return -(x_t - alpha * mean) / (alpha**2 * deviation**2 + sigma**2)
+
+    def estimate(found):  # Tweedie: E[x0 | x_t]
+        return (x_t + sigma**2 * found) / alpha
+
+    target, fake = score(1.0, 0.5), score(-1.0, 1.5)
+    sc = Scores(x0, estimate(target), estimate(fake), alpha, sigma)
+    assert torch.allclose(vsd(sc), sigma**3 * (fake - target), rtol=1e-3, atol=1e-5)
+    scale = (x0 - estimate(target)).abs().mean((1, 2, 3), keepdim=True)
+    assert torch.allclose(dmd(sc), sigma**2 / alpha * (fake - target) / scale, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
 def test_score_distillation_moves_a_gaussian_to_its_target(prediction):
     """One dimension, exact scores: the generator N(mu, 1) descends to the target N(2, 1)."""
     s, noise = schedule(prediction), SampleNoise(0)
