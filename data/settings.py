@@ -1,6 +1,6 @@
 """The `data` section of a run's configuration."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -42,7 +42,7 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """file extensions of images; the first that a sample has is read"""
     caption_key: str = "txt"
     """file extension of captions"""
-    caption_field: str | dict[str, Annotated[float, Field(gt=0)]] = ""
+    caption_field: str | dict[str, float] = ""
     """field of each sample's .json that holds its caption (default: captions are files of their own, see `caption_key`); or
     several with their weights, {caption: 1, blip: 3, txt: 1}, of which each step draws one (`caption_key` names the file)"""
     cached: Literal["auto", "off", "require"] = "auto"
@@ -86,6 +86,25 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
         if self.caption_field:
             return f"field {self.caption_field}"
         return None if self.caption_key == "txt" else self.caption_key
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        pairs = value if isinstance(value, list | tuple) else [()] * (value != "auto")
+        if not all(isinstance(p, list | tuple) and len(p) == 2 and all(type(side) is int for side in p) for p in pairs):
+            raise ValueError('must be "auto" or a list of [height, width] in pixels')
+        return value
+
+    @field_validator("caption_field", mode="before")
+    @classmethod
+    def _weights(cls, value: object) -> object:
+        try:
+            fine = isinstance(value, str) or all(isinstance(n, str) and float(w) > 0 for n, w in value.items())
+        except (AttributeError, TypeError, ValueError):
+            fine = False
+        if not fine:
+            raise ValueError("must be the name of a field, or {name: weight, ...} with weights above 0")
+        return value
 
     @field_validator("filters")
     @classmethod

@@ -64,6 +64,9 @@ def test_shapes():
     for wrong in ([(8, 8), (8, 8)], [(8, 0)], [(8, 80)]):
         with pytest.raises(ValueError, match="bucket"):
             check_shapes(wrong)
+    for wrong in ("automatic", [8, 8], [[8, 8, 8]], [[8, "a"]]):
+        with pytest.raises(ValueError, match=r'must be "auto" or a list of \[height, width\]'):
+            DataSettings(buckets=wrong)
     settings = DataSettings(resolution=16, buckets=[[8, 16], [16, 8]])
     assert settings.size == (8, 16) and DataSettings(resolution=16).size == (16, 16)
     assert DataSettings(buckets="auto").size == (1024, 1024)
@@ -214,8 +217,9 @@ def test_captions_of_several_sources_come_by_their_weights(shards):
     other = opened(tars, caption_field=weights, want=("caption", "meta"), seed=1)
     assert [other[p]["caption"][0] for p in range(48)] != [s["caption"][0] for s in found[:48]]
     assert opened(tars, caption_field={"blip": 1})[0]["caption"].startswith("b")
-    with pytest.raises(ValueError, match="greater than 0"):
-        DataSettings(caption_field={"txt": 0})
+    for wrong in ({"txt": 0}, {"txt": "x"}, ["txt"]):
+        with pytest.raises(ValueError, match="name: weight"):
+            DataSettings(caption_field=wrong)
 
 
 def test_random_crops_and_flips_belong_to_the_position(tmp_path, shards, encode):
