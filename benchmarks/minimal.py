@@ -30,7 +30,7 @@ class Minimal:
             self.vae, self.image = load_vae(pipeline), torch.zeros(1, 3, *(run.settings.data.resolution,) * 2)
         sampler = run.sampler(pipeline)
         self.text: TextEncoder = sampler.text
-        self.schedule, self.shape, self.resolution = sampler.schedule, (1, *shape), sampler.resolution
+        self.schedule, self.shape, self.size = sampler.schedule, (1, *shape), sampler.size
         self.t_g = torch.tensor([run.settings.conditioning_timestep])
         lr = self.settings.generator.lr
         self.adam = {n: torch.optim.AdamW(n.parameters(), lr=lr, fused=True) for n in (self.generator, self.fake)}
@@ -63,7 +63,7 @@ class Minimal:
         with torch.no_grad():
             posterior = self.vae.encode(self.image).latent_dist
             real = (posterior.mean + posterior.std * torch.randn(self.shape)) * self.vae.config.scaling_factor
-            real_cond = real_cond or self.text.encode(["a caption"], self.resolution)
+            real_cond = real_cond or self.text.encode(["a caption"], self.size)
         prediction, generated = predict_with_logits(self.fake, x_t, t, cond)
         x_t, _, t = self.noised(real)
         head = head_loss(generated, head_logits(self.fake, x_t, t, real_cond))
@@ -71,7 +71,7 @@ class Minimal:
 
     def cycle(self) -> None:
         """One generator update and `fake_updates` fake-score updates."""
-        cond = self.text.encode(["a caption"], self.resolution)
+        cond = self.text.encode(["a caption"], self.size)
         z = torch.randn(self.shape)
         x0 = self.schedule.to_x0(predict(self.generator, z, self.t_g, cond), z, self.t_g)
         sample = x0.detach()

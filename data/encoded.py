@@ -1,7 +1,8 @@
 """Encoded samples: latents and text states instead of an image, with a record of how they were made.
 
 Such a sample is `{key}.safetensors`, its caption, and its json with the record under "cache": how the set was made (the
-same for all its samples), and this sample's original_size (h, w) and crop (top, left) in pixels.
+same for all its samples), and this sample's original_size (h, w) and crop (top, left) in pixels, and its captions if it
+has several.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ EXTENSION, RECORD_KEY = "safetensors", "cache"
 # Text is states [L, D] and, in families that have it, pooled text [P].
 TENSORS = {"latents": ("latent_mean", "latent_std"), "text": ("states", "pooled")}
 ENCODING_KEYS = ("resolution", "vae", "text", "precision", "captions")  # captions: where from, if not from .txt
+SELECTION_KEYS = ("buckets", "filters", "min_size")  # of `data`, in the record if they are set
+CAPTIONS_KEY = "all_captions"  # in the record, by source, of a sample with several: text tensors are then STATES/SOURCE
 
 
 def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
@@ -29,12 +32,14 @@ def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
     )
 
 
-def unpack_tensors(raw: bytes, want: frozenset[str]) -> dict[str, Tensor]:
-    """A sample's requested tensors by name. Raises ValueError if the bytes are damaged or a tensor is missing."""
+def unpack_tensors(raw: bytes, want: frozenset[str], source: str | None = None) -> dict[str, Tensor]:
+    """A sample's requested tensors by name. source: of the caption, where the sample has several. Raises ValueError if the bytes are damaged or a tensor is missing."""
     try:
         tensors = safetensors.torch.load(raw)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+    if source is not None:
+        tensors |= {name: tensors[f"{name}/{source}"] for name in TENSORS["text"] if f"{name}/{source}" in tensors}
     found = {name: tensors[name] for what in TENSORS if what in want for name in TENSORS[what] if name in tensors}
     if any(TENSORS[what][0] not in found for what in TENSORS if what in want):
         raise ValueError("a tensor is missing")
@@ -49,7 +54,11 @@ def encoding_of(index: ShardIndex) -> dict | None:
         record = first_json(index).get(RECORD_KEY)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"shard {index.tar}: cannot read its first json ({error}): build the shard again") from error
-    return {key: record.get(key) for key in ENCODING_KEYS} if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    return {key: record.get(key) for key in ENCODING_KEYS} | {
+        key: record[key] for key in SELECTION_KEYS if key in record
+    }
 
 
 def encoding_of_shards(paths: Sequence[Path]) -> dict | None:
@@ -67,9 +76,9 @@ def check_same_encoding(first: ShardIndex, first_encoding: dict | None, other: S
         what = f"{encoded.tar} is encoded and {plain.tar} is not"
     else:
         what = f"{first.tar} and {other.tar} differ in " + ", ".join(
-            f"{key} ({_short(first_encoding[key])}, {_short(encoding[key])})"
-            for key in ENCODING_KEYS
-            if first_encoding[key] != encoding[key]
+            f"{key} ({_short(first_encoding.get(key))}, {_short(encoding.get(key))})"
+            for key in ENCODING_KEYS + SELECTION_KEYS
+            if first_encoding.get(key) != encoding.get(key)
         )
     raise DataError(f"data.train mixes different kinds of shards: {what}: name shards of one kind only")
 

@@ -11,6 +11,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from data.buckets import Size
+
 JPEG, PNG, RIFF = b"\xff\xd8\xff", b"\x89PNG", b"RIFF"
 GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6  # PNG's colour types
 WEBP_EXIF, WEBP_ANIMATED = 0x08, 0x02  # flags of WebP's VP8X chunk
@@ -128,37 +130,50 @@ def _decode_with_pillow(raw: bytes) -> Tensor:
     return _over_white(pixels) if alpha else pixels
 
 
-def resize_and_crop(image: Tensor, resolution: int) -> tuple[Tensor, tuple[int, int]]:
-    """Resizes the short side to R (antialiased bicubic) and crops the centre: uint8 [3, H, W] to float32 [3, R, R] in
-    [-1, 1].
+def resize_and_crop(
+    image: Tensor, size: Size, where: tuple[float, float] | None = None, flip: bool = False
+) -> tuple[Tensor, tuple[int, int]]:
+    """Resizes an image until it just covers a size (height, width), by antialiased bicubic, and crops it: uint8 [3, H, W] to
+    float32 [3, height, width] in [-1, 1].
 
-    Also returns the crop's corner (top, left) in pixels of the resized image: SDXL is conditioned on it.
+    where: of the crop among all possible ones, as shares of [0, 1) from the top and from the left; None is the centre. flip:
+    mirrors it. Also returns the crop's corner (top, left) in pixels of the resized (and mirrored) image: SDXL is conditioned
+    on it.
     """
-    size = height, width = image.shape[1:]
-    if min(size) != resolution:
-        scale = resolution / min(size)
-        size = max(round(height * scale), resolution), max(round(width * scale), resolution)
-        image, cut = _centre(image, resolution)
-        kept = [full - 2 * off for full, off in zip(size, cut, strict=True)]
+    full = height, width = image.shape[1:]
+    scale = max(size[0] / height, size[1] / width)
+    cut = [0, 0]
+    if scale != 1:
+        full = max(round(height * scale), size[0]), max(round(width * scale), size[1])
+        image, cut = _centre(image, size)
+        kept = [side - 2 * off for side, off in zip(full, cut, strict=True)]
         image = resize(image, kept, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    top, left = (image.shape[1] - resolution) // 2, (image.shape[2] - resolution) // 2
-    square = image[:, top : top + resolution, left : left + resolution]
-    return square.float() / 127.5 - 1, ((size[0] - resolution) // 2, (size[1] - resolution) // 2)
+    spare = [image.shape[1] - size[0], image.shape[2] - size[1]]
+    top, left = (
+        (int(share * (room + 1)) for share, room in zip(where, spare, strict=True))
+        if where
+        else (s // 2 for s in spare)
+    )
+    part = image[:, top : top + size[0], left : left + size[1]]
+    corner = (top + cut[0], left + cut[1]) if where else tuple((f - s) // 2 for f, s in zip(full, size, strict=True))
+    if flip:
+        part, corner = part.flip(2), (corner[0], full[1] - size[1] - corner[1])
+    return part.float() / 127.5 - 1, corner
 
 
-def _centre(image: Tensor, resolution: int) -> tuple[Tensor, list[int]]:
-    """An image without the ends of its long side, if it is to be enlarged and is longer than LONGEST times its short side:
+def _centre(image: Tensor, size: Size) -> tuple[Tensor, list[int]]:
+    """An image without the ends of its long side, if it is to be enlarged and is longer than LONGEST times its other side:
     enlarged as a whole, 6000 x 1 pixels would take gigabytes.
 
     Also returns what is cut off each end of height and width, in pixels of the resized image: a whole number, so that the
     remaining pixels are resized as they would be in the whole image.
     """
-    short, long = sorted(image.shape[1:])
-    step = short // gcd(short, resolution)
+    dim = int(image.shape[2] * size[0] > image.shape[1] * size[1])  # the one that is cropped
+    short, long, target = image.shape[2 - dim], image.shape[1 + dim], size[1 - dim]
+    step = short // gcd(short, target)
     steps = max(long - LONGEST * short, 0) // (2 * step)
-    if short >= resolution or not steps:
+    if short >= target or not steps:
         return image, [0, 0]
-    dim = int(image.shape[2] == long)
     cut = [0, 0]
-    cut[dim] = steps * step * resolution // short
+    cut[dim] = steps * step * target // short
     return image.narrow(dim + 1, steps * step, long - 2 * steps * step), cut

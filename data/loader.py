@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.buckets import Size
 from data.errors import DataError
 from data.sampling_order import BatchSplit
 
@@ -32,11 +33,11 @@ NOT_READ = {
 class Batch:
     """One rank's micro-batch of B samples.
 
-    images: float32 [B, 3, R, R] in [-1, 1], or None. original_sizes, crops: int64 [B, 2], (height, width) and (top,
+    images: float32 [B, 3, H, W] in [-1, 1], or None. original_sizes, crops: int64 [B, 2], (height, width) and (top,
     left) in pixels, or None if neither images nor encoded tensors were requested. cached: the requested tensors of
     encoded samples (data/encoded.py): latent_mean, latent_std [B, C, h, w], states [B, L, D], pooled [B, P]. index:
     each sample's place in the step's global batch, for per-sample noise. skipped: rejected samples by reason. If the
-    step is not read (see Batches), only index is set.
+    step is not read (see Batches), only index is set. size: height and width of the images in pixels, None if not known.
     """
 
     captions: list[str]
@@ -47,6 +48,7 @@ class Batch:
     meta: list[dict]
     index: list[int]
     skipped: dict[str, int]
+    size: Size | None = None
 
 
 class Batches:
@@ -171,4 +173,5 @@ def collate(samples: list[dict] | DataError) -> dict | DataError:
         "cached": {name: torch.stack([sample["cached"][name] for sample in samples]) for name in names},
         "meta": [sample["meta"] for sample in samples],
         "skipped": dict(skipped),
+        "size": samples[0].get("size"),
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.buckets import Size
 from data.errors import DataError
 
 KEYS = ("prompt", "caption", "text")  # columns and fields that captions are looked for in
@@ -16,11 +17,13 @@ NONE = "prompts without captions"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption. id: names its images. meta: what else the file says about it."""
+    """A caption. id: names its images. meta: what else the file says about it. size: height and width in pixels of its images,
+    None for the run's."""
 
     text: str
     id: str
     meta: dict = field(default_factory=dict)
+    size: Size | None = None
 
 
 def read_prompts(file: Path, key: str = "") -> list[Prompt]:

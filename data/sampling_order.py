@@ -1,5 +1,6 @@
 """The order of samples: a pure function of (number of samples, seed, epoch), the same for every world size."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,11 @@ class SampleOrder:
         if epoch != self._epoch:
             self._epoch, self._rows = epoch, epoch_permutation(self.n, self.seed, epoch)
         return int(self._rows[place])
+
+    def candidates(self, position: int) -> Iterator[int]:
+        """The row at a global position, then those that replace it if it is broken: the next ones of its epoch."""
+        start = position - position % self.n
+        return (self.row(start + (position + miss) % self.n) for miss in range(self.n))
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,31 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from data.bucket_order import BucketOrder
+from data.buckets import Size
+from data.caption_source import CaptionSource
 from data.captions import clean_caption
-from data.encoded import EXTENSION, RECORD_KEY, TENSORS, check_same_encoding, encoding_of, unpack_tensors
+from data.draws import uniform
+from data.encoded import CAPTIONS_KEY, EXTENSION, RECORD_KEY, TENSORS, check_same_encoding, encoding_of, unpack_tensors
 from data.errors import DataError
 from data.images import ImageTooLarge, decode, resize_and_crop
 from data.sampling_order import SampleOrder
+from data.selected_rows import NothingSelectedError, select
+from data.selection import Selection
 from data.settings import DataSettings
 from data.shard_index import EMPTY, load_index, usable_rows
 
 GIVE_UP = 100  # consecutive unusable samples: then the data set is broken, not a sample
 OPEN_FILES = 128  # shards open at a time per process; the usual limit on open files is 1024
 DEFAULTS = DataSettings()
+NO_SELECTION = Selection()
 
 
 class SampleError(Exception):
@@ -31,6 +39,9 @@ class ShardDataset(Dataset):
 
     Samples that lack a requested caption or image are excluded from the start (`rejected`, by reason). A sample that
     turns out to be broken is replaced by the next one of its epoch, the same one on every rank and in every run.
+
+    With buckets, the order is that of data/bucket_order.py: dataset[p] is of step p // batch, whose samples are of one bucket,
+    and a broken one is replaced within its bucket. shapes: (height, width) by bucket; a single square without buckets.
     """
 
     def __init__(
@@ -41,14 +52,17 @@ class ShardDataset(Dataset):
         seed: int = 0,
         image_keys: list[str] = DEFAULTS.image_keys,
         caption_key: str = DEFAULTS.caption_key,
-        caption_field: str = DEFAULTS.caption_field,
+        caption_field: str | dict[str, float] = DEFAULTS.caption_field,
+        selection: Selection = NO_SELECTION,
+        batch: int = 1,
     ):
         """want: what to read: "image", "caption", "meta" and, from encoded samples, "latents" and "text". The other
-        arguments: see DataSettings. Encoded samples have their captions in .txt, whatever these say.
+        arguments: see DataSettings. Encoded samples have their captions in .txt, whatever these say, unless several were encoded.
+        batch: samples per step, for the order with buckets.
 
         Empty shards are skipped, and counted in `rejected`. Raises DataError if a shard cannot be read, has samples but no
-        usable one, or is encoded differently from the others, if there is no sample, and ValueError for an unknown
-        `want`."""
+        usable one, or is encoded differently from the others, if there is no sample, NothingSelectedError if the selection
+        leaves none, and ValueError for an unknown `want`."""
         known = ("image", "caption", "meta", *TENSORS)
         if unknown := set(want) - set(known):
             raise ValueError(f"unknown want {sorted(unknown)}: use {', '.join(known)}")
@@ -58,9 +72,13 @@ class ShardDataset(Dataset):
                 "(--caption-field), and leave the caption key as it was"
             )
         self.resolution, self.want = resolution, frozenset(want)
+        self.seed, self.selection = seed, selection
+        self.shapes = selection.buckets or ((resolution, resolution),)
+        configured = self._source = CaptionSource.of(caption_key, caption_field)
         self.paths: list[Path] = []
         self.rejected: Counter[str] = Counter()
         self._keys: list[np.ndarray] = []  # one array per shard: one for all would be as wide as the longest key
+        buckets: list[np.ndarray] = []
         first, self.encoding = None, None  # the first shard's index, and how all shards are encoded, if they are
         for index in map(load_index, map(Path, paths)):
             if not len(index):
@@ -68,13 +86,18 @@ class ShardDataset(Dataset):
                 continue
             if first is None:
                 first, self.encoding = index, encoding_of(index)
-                caption = self._caption_extension(caption_key, caption_field)
-                extensions = self._extensions(image_keys, caption)
+                if self.encoding:
+                    self._source = CaptionSource.of(DEFAULTS.caption_key, "")
+                    self._several = configured if isinstance(caption_field, dict) and caption_field else None
+                extensions = self._extensions(image_keys)
                 columns: dict[str, list[np.ndarray]] = {what: [] for what in extensions}
                 required = {what: extensions[what] for what in extensions if what != "meta"}
             check_same_encoding(first, self.encoding, index)
-            rows, rejects = usable_rows(index, required, (image_keys, [caption]))
+            rows, rejects = usable_rows(index, required, (image_keys, self._source.extensions))
             self.rejected += rejects
+            rows, bucket, rejects = select(selection, index, rows, image_keys, configured)
+            self.rejected += rejects
+            buckets.append(bucket)
             self.paths.append(index.tar)
             self._keys.append(index.keys[rows])
             for what, column in columns.items():
@@ -88,23 +111,24 @@ class ShardDataset(Dataset):
             raise DataError(f"{what}: set data.train, or build shards with `disback shards`")
         self._places = {what: np.concatenate(column) for what, column in columns.items()}  # offset, size: int64 [N, 2]
         self._first = np.cumsum([0] + [len(keys) for keys in self._keys])  # first row of each shard
-        self.order = SampleOrder(int(self._first[-1]), seed)
+        if not len(self):
+            raise NothingSelectedError(first.tar.parent if len(paths) > 1 else first.tar, self.rejected)
+        self._bucket = np.concatenate(buckets)
+        self.counts = np.bincount(self._bucket, minlength=len(self.shapes)).tolist()  # samples by bucket
+        self.order = (
+            BucketOrder(self._bucket, seed, batch) if selection.buckets else SampleOrder(int(self._first[-1]), seed)
+        )
         self._files: dict[int, int] = {}
         self._process = os.getpid()
 
-    def _caption_extension(self, caption_key: str, caption_field: str) -> str:
-        """The file extension that captions are in; sets the field of the .json that they are in."""
-        self._field = "" if self.encoding else caption_field
-        return "json" if self._field else DEFAULTS.caption_key if self.encoding else caption_key
-
-    def _extensions(self, image_keys: list[str], caption: str) -> dict[str, list[str]]:
+    def _extensions(self, image_keys: list[str]) -> dict[str, list[str]]:
         """The file extensions of what is read."""
         reads = set(self.want - TENSORS.keys())
         if self.want & TENSORS.keys():
             reads |= {"tensors", "meta"}
-        if self._field and "caption" in reads:
+        if self._source.fields and "caption" in reads:
             reads |= {"meta"}
-        every = {"caption": [caption], "image": image_keys, "tensors": [EXTENSION], "meta": ["json"]}
+        every = {"caption": self._source.extensions, "image": image_keys, "tensors": [EXTENSION], "meta": ["json"]}
         return {what: every[what] for what in every if what in reads}
 
     def __len__(self) -> int:
@@ -147,25 +171,33 @@ class ShardDataset(Dataset):
             )
         return raw
 
-    def read_text(self, row: int) -> dict:
-        """A row's key, caption and meta. Raises SampleError if the sample is broken, DataError if its shard is."""
+    def read_text(self, row: int, position: int | None = None) -> dict:
+        """A row's key, caption and meta; of several captions that of a global position (default: the row's number). Raises
+        SampleError if the sample is broken, DataError if its shard is."""
         try:
             meta = json.loads(self._read(row, "meta") or b"{}")
         except (ValueError, RecursionError) as error:
             raise SampleError("json does not parse") from error
         if not isinstance(meta, dict):
             raise SampleError("json is not an object")
-        return {"key": self.locate(row)[1], "caption": self._caption(row, meta), "meta": meta}
+        return {"key": self.locate(row)[1], **self._caption(row, meta, position), "meta": meta}
 
-    def _caption(self, row: int, meta: dict) -> str:
+    def _caption(self, row: int, meta: dict, position: int | None) -> dict:
+        """The caption and, where an encoded sample has several, its source."""
         if "caption" not in self.want:
-            return ""
-        if self._field and self._field not in meta:
-            raise SampleError(f"json has no field {self._field!r}")
+            return {"caption": ""}
+        position = row if position is None else position
         try:
-            return clean_caption(meta[self._field] if self._field else self._read(row, "caption"))
+            record = meta.get(RECORD_KEY) if self.encoding else None
+            if isinstance(record, dict) and isinstance(found := record.get(CAPTIONS_KEY), dict):
+                chosen = next(iter(found))
+                if self._several:
+                    chosen = self._several.choose(self._several.known(found), self.seed, position)
+                return {"caption": clean_caption(found[chosen]), "source": chosen}
+            found = self._source.captions(self._caption_file(row), meta)
         except ValueError as reason:
             raise SampleError(str(reason)) from reason
+        return {"caption": found[self._source.choose(found, self.seed, position)]}
 
     def texts(self) -> dict[int, dict]:
         """`read_text` of every row; broken ones are left out, and counted in `rejected`."""
@@ -177,15 +209,30 @@ class ShardDataset(Dataset):
                 self.rejected[str(reason)] += 1
         return found
 
-    def read(self, row: int) -> dict:
-        """A row's sample: as `read_text` and, if requested, the image (float32 [3, R, R] in [-1, 1]) or the tensors of
-        an encoded sample as "cached" (by name, see data/encoded.py), each with original_size (h, w) and crop (top,
-        left) in pixels. Raises SampleError if the sample is broken, DataError if its shard is."""
-        sample = self.read_text(row)
+    def captions(self, row: int) -> dict[str, str]:
+        """All captions of a row by source. Raises SampleError and DataError."""
+        try:
+            return self._source.captions(self._caption_file(row), self.read_text(row)["meta"])
+        except ValueError as reason:
+            raise SampleError(str(reason)) from reason
+
+    def _caption_file(self, row: int) -> bytes:
+        return b"" if self._source.extensions == ["json"] else self._read(row, "caption")
+
+    def size(self, row: int) -> Size:
+        """Height and width in pixels of the image that a row is trained as."""
+        return self.shapes[self._bucket[row]]
+
+    def read(self, row: int, position: int | None = None) -> dict:
+        """A row's sample: as `read_text` with `size` and, if requested, the image (float32 [3, height, width] in [-1, 1]) or the
+        tensors of an encoded sample as "cached" (by name, see data/encoded.py), each with original_size (h, w) and crop
+        (top, left) in pixels. position: for random crops and flips, which only samples of a global position have. Raises
+        SampleError if the sample is broken, DataError if its shard is."""
+        sample = self.read_text(row, position) | {"size": self.size(row)}
         if "tensors" in self._places:
             record = sample["meta"].get(RECORD_KEY)
             try:
-                sample["cached"] = unpack_tensors(self._read(row, "tensors"), self.want)
+                sample["cached"] = unpack_tensors(self._read(row, "tensors"), self.want, sample.get("source"))
                 for name in ("original_size", "crop"):
                     height, width = record[name]
                     sample[name] = int(height), int(width)
@@ -195,7 +242,7 @@ class ShardDataset(Dataset):
             raw = self._read(row, "image")
             try:
                 image = decode(raw)
-                sample["image"], sample["crop"] = resize_and_crop(image, self.resolution)
+                sample["image"], sample["crop"] = resize_and_crop(image, sample["size"], *self._cut(position))
             except ImageTooLarge as error:
                 raise SampleError("image is too large") from error
             except Exception as error:  # whatever one image causes must not end a run
@@ -203,16 +250,37 @@ class ShardDataset(Dataset):
             sample["original_size"] = tuple(image.shape[1:])
         return sample
 
+    def _cut(self, position: int | None) -> tuple[tuple[float, float] | None, bool]:
+        """Where the image of a global position is cropped, None for the centre, and whether it is mirrored."""
+        if position is None:
+            return None, False
+        chosen = self.selection
+        where = tuple(uniform(self.seed, position, side) for side in ("top", "left")) if chosen.random_crop else None
+        return where, chosen.flip and uniform(self.seed, position, "flip") < 0.5
+
     def __getitem__(self, position: int) -> dict:
         """The sample at a global position as from `read`, or the next usable one of its epoch, with `position` (the
         requested one) and `skipped` (rejected samples in between, by reason). DataError after GIVE_UP of them."""
-        n = len(self)
-        start = position - position % n
+        return self._first_usable(self.order.candidates(position), position)
+
+    def example(self, number: int, bucket: int | None = None) -> dict:
+        """A sample for looking at: dataset[number], or with buckets the one at a position of a bucket's own sequence (default:
+        the bucket with most samples)."""
+        if not self.selection.buckets:
+            return self[number]
+        bucket = self.main_bucket if bucket is None else bucket
+        return self._first_usable(self.order.candidates_in(bucket, number), number)
+
+    @property
+    def main_bucket(self) -> int:
+        """The bucket with most samples."""
+        return int(np.argmax(self.counts))
+
+    def _first_usable(self, candidates: Iterator[int], position: int) -> dict:
         skipped: Counter[str] = Counter()
-        for miss in range(min(GIVE_UP, n)):
-            row = self.order.row(start + (position + miss) % n)
+        for row in islice(candidates, GIVE_UP):
             try:
-                return self.read(row) | {"position": position, "skipped": dict(skipped)}
+                return self.read(row, position) | {"position": position, "skipped": dict(skipped)}
             except SampleError as reason:
                 skipped[str(reason)] += 1
         path, key = self.locate(row)

@@ -4,9 +4,7 @@ The index of `x.tar` is stored next to it as `x.tar.index.npz`.
 """
 
 import json
-import os
 import re
-import uuid
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import DataError
+from data.npz_files import write_npz
 from data.tar_members import members
 
 VERSION = 1
@@ -88,20 +87,8 @@ def build_index(tar: Path) -> ShardIndex:
 def save_index(index: ShardIndex) -> bool:
     """Writes an index next to its tar, atomically; False if the folder is not writable (a read-only data set)."""
     file = index_file(index.tar)
-    # A process id would not be unique: ranks on several nodes may write into one shared folder.
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     arrays = {"keys": index.keys, "extensions": np.array(index.extensions, np.str_), "stamp": index.stamp}
-    try:
-        with temporary.open("wb") as handle:
-            np.savez(handle, offset=index.offset, size=index.size, **arrays)
-        os.replace(temporary, file)
-    except OSError:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # not possible in this folder either
-        return False
-    return True
+    return write_npz(file, arrays | {"offset": index.offset, "size": index.size})
 
 
 def load_index(tar: Path) -> ShardIndex:

@@ -43,10 +43,11 @@ class Architecture:
     text_encoders: tuple[dict, ...]
     scheduler: dict
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image with sides of `resolution` pixels."""
-        side = resolution // 2 ** (len(self.vae["block_out_channels"]) - 1)
-        return self.vae["latent_channels"], side, side
+    def latent_shape(self, size: int | tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of a size (height, width) in pixels, or of a square one with this side."""
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return self.vae["latent_channels"], height // factor, width // factor
 
     @property
     def tokens(self) -> int:

@@ -50,10 +50,12 @@ def checkpoint_blocks(network: nn.Module) -> None:
     network.enable_gradient_checkpointing(call)
 
 
-def compile_blocks(network: nn.Module) -> int:
-    """Compiles each transformer and residual block in place, at its first call; returns the number of blocks. Equal
-    blocks share their code; compiling the whole network would take many times longer."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+def compile_blocks(network: nn.Module, shapes: int = 1) -> int:
+    """Compiles each transformer and residual block in place, at its first call with each of `shapes` image shapes; returns
+    the number of blocks. Equal blocks share their code; compiling the whole network would take many times longer."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS * shapes)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, VARIANTS * shapes)
     blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
     for block in blocks:
         block.compile(dynamic=False)

@@ -55,18 +55,19 @@ class Conditioning:
         return replace(self, **pairs)
 
 
-def square_time_ids(batch: int, resolution: int, device: torch.device) -> Tensor:
-    """Time ids [B, 6] of an uncropped square image, the default of the diffusers pipeline."""
-    return _square_row(resolution, device).expand(batch, 6)
+def uncropped_time_ids(batch: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Time ids [B, 6] of uncropped images of a size (height, width) in pixels, the default of the diffusers pipeline."""
+    return _uncropped_row(size, device).expand(batch, 6)
 
 
 @cache
-def _square_row(resolution: int, device: torch.device) -> Tensor:
+def _uncropped_row(size: tuple[int, int], device: torch.device) -> Tensor:
     """Kept on the device: a copy from host memory would wait for it in every micro-batch."""
-    return torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32, device=device)
+    return torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=device)
 
 
-def image_time_ids(original_sizes: Tensor, crops: Tensor, resolution: int) -> Tensor:
-    """Time ids [B, 6] of training images with original sizes [B, 2] and crop corners [B, 2], in pixels."""
-    target = torch.full_like(original_sizes, resolution)
+def image_time_ids(original_sizes: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
+    """Time ids [B, 6] of training images of a size (height, width) with original sizes [B, 2] and crop corners [B, 2], in
+    pixels."""
+    target = torch.stack([torch.full_like(original_sizes[:, 0], side) for side in size], dim=1)
     return torch.cat([original_sizes, crops, target], dim=1).float()

@@ -12,7 +12,7 @@ from models.errors import ModelError
 from models.multistep import Student
 from models.offload import on_device
 from models.pipeline import load_schedule, load_vae
-from models.text_encoder import TextEncoder
+from models.text_encoder import Size, TextEncoder
 
 LATER = 1 << 32  # between the seeds of an image's first noise and of its later ones, where batches draw the first
 VAE_PIXELS = 1024**2  # of the images that are encoded or decoded in one call
@@ -61,10 +61,8 @@ def to_uint8(images: Tensor, rounded: bool = False) -> Tensor:
 class Sampler:
     """Everything for sampling but the denoiser: text encoders, schedule and autoencoder of a pipeline folder."""
 
-    def __init__(
-        self, text: TextEncoder, vae: AutoencoderKL, schedule: Schedule, scheduler_config: dict, resolution: int
-    ):
-        self.text, self.vae, self.schedule, self.resolution = text, vae, schedule, resolution
+    def __init__(self, text: TextEncoder, vae: AutoencoderKL, schedule: Schedule, scheduler_config: dict, size: Size):
+        self.text, self.vae, self.schedule, self.size = text, vae, schedule, size
         self.scheduler_config = scheduler_config
         self.rounded = False  # how images become uint8
 
@@ -72,7 +70,7 @@ class Sampler:
     def load(
         cls,
         pipeline: Path,
-        resolution: int,
+        size: Size,
         dtype: torch.dtype,
         device: torch.device,
         variant: str = "",
@@ -80,22 +78,35 @@ class Sampler:
     ) -> "Sampler":
         """Loads the parts of a pipeline folder. The autoencoder stays in float32 (SDXL's overflows in half precision).
 
-        variant: of the weight files. shift: of the training timesteps."""
+        size: height and width in pixels of images for which no other is asked. variant: of the weight files. shift: of the
+        training timesteps."""
         text = TextEncoder(pipeline, dtype, device, variant)
         vae = load_vae(pipeline, variant=variant).to(device)
         schedule = load_schedule(pipeline, shift).to(device)
-        return cls(text, vae, schedule, dict(text.parts.scheduler.config), resolution)
+        return cls(text, vae, schedule, dict(text.parts.scheduler.config), size)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = self.resolution // factor
-        return self.vae.config.latent_channels, side, side
+        """(C, h, w) of the latents of an image of the default size."""
+        return self.shape_of(self.size)
 
-    @property
-    def vae_batch(self) -> int:
+    def shape_of(self, size: Size) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of a size (height, width) in pixels."""
+        return self.vae.config.latent_channels, size[0] // self.factor, size[1] // self.factor
+
+    def size_of(self, latents: Tensor) -> Size:
+        """Height and width in pixels of the images of latents [B, C, h, w]."""
+        return latents.shape[2] * self.factor, latents.shape[3] * self.factor
+
+    @staticmethod
+    def _per_call(size: Size) -> int:
         """Images per autoencoder call: SDXL's needs about 2.7 GB to encode one of 1024 pixels in float32."""
-        return max(1, VAE_PIXELS // self.resolution**2)
+        return max(1, VAE_PIXELS // (size[0] * size[1]))
 
     def scale(self, latents: Tensor) -> Tensor:
         """The diffusion model's latents from the autoencoder's: (latents - shift) * scale; only SD3's have a shift."""
@@ -105,10 +116,9 @@ class Sampler:
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes the diffusion model's latents [B, C, h, w] to uint8 images [B, 3, H, W]."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        parts = latents.split(self._per_call(self.size_of(latents)))
         with on_device([self.vae], latents.device):
-            images = [
-                to_uint8(self.vae.decode(z, return_dict=False)[0], self.rounded) for z in latents.split(self.vae_batch)
-            ]
+            images = [to_uint8(self.vae.decode(z, return_dict=False)[0], self.rounded) for z in parts]
         return torch.cat(images)
 
     @torch.no_grad()
@@ -121,7 +131,9 @@ class Sampler:
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, C, h, w] of the unscaled latents of images [B, 3, H, W]."""
         with on_device([self.vae], images.device):
-            parts = [self.vae.encode(part).latent_dist for part in images.split(self.vae_batch)]
+            parts = [
+                self.vae.encode(part).latent_dist for part in images.split(self._per_call(tuple(images.shape[2:])))
+            ]
         return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
     def draw_latents(self, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
@@ -132,8 +144,9 @@ class Sampler:
     def generator_images(
         self, net: nn.Module, captions: list[str], noise: ImageNoise, timesteps: tuple[int, ...]
     ) -> Tensor:
-        """uint8 images [B, 3, H, W] from a generator with steps at `timesteps`."""
-        cond = self.text.encode(captions, self.resolution)
+        """uint8 images [B, 3, H, W] from a generator with steps at `timesteps`, of the size that the noise is for."""
+        _, height, width = noise.shape
+        cond = self.text.encode(captions, (height * self.factor, width * self.factor))
         student = Student(self.schedule, timesteps)
         return self.decode(student.trajectory(net, cond, lambda _: noise.draw(), len(timesteps))[-1])
 
@@ -156,7 +169,7 @@ class Sampler:
         """uint8 images [B, 3, H, W] from a diffusion model, starting at z: deterministic DDIM (Song et al. 2021), or
         Euler steps for a flow, spaced as by the pipeline's scheduler."""
         scheduler = self.scheduler(steps)
-        cond = self.text.encode(captions, self.resolution)
+        cond = self.text.encode(captions, self.size_of(z))
         x = z
         for t in scheduler.timesteps:
             prediction, _ = predict_guided(net, x, t.to(x.device).expand(len(x)), cond, guidance_scale)

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerBase
 
-from models.conditioning import Conditioning, square_time_ids
+from models.conditioning import Conditioning, uncropped_time_ids
 from models.families import family_of
 from models.files import read_json
 from models.offload import on_device, to_device
 from models.pipeline import load_text, text_encoders
+
+Size = tuple[int, int]  # height, width
 
 
 def _not_about_length(record: logging.LogRecord) -> bool:
@@ -82,12 +84,12 @@ class TextEncoder:
         with on_device(self.encoders, self.device), _CopiesWithoutWaiting():
             return self.family.encode(self.parts, captions, self.device)
 
-    def encode(self, captions: list[str], time_ids: Tensor | int) -> Conditioning:
-        """The conditioning of B captions. time_ids: [B, 6], or the resolution in pixels of uncropped square images;
-        ignored by families without time ids."""
+    def encode(self, captions: list[str], time_ids: Tensor | Size) -> Conditioning:
+        """The conditioning of B captions. time_ids: [B, 6], or the size (height, width) in pixels of uncropped
+        images; ignored by families without time ids."""
         return self.conditioning(*self._text(captions), time_ids)
 
-    def encode_or_load(self, captions: list[str], encoded: dict[str, Tensor], time_ids: Tensor | int) -> Conditioning:
+    def encode_or_load(self, captions: list[str], encoded: dict[str, Tensor], time_ids: Tensor | Size) -> Conditioning:
         """The conditioning of captions, from their encoded text ("states", "pooled") if there is any; time_ids as in
         `encode`."""
         if "states" not in encoded:
@@ -98,14 +100,14 @@ class TextEncoder:
         )
         return self.conditioning(states, pooled, time_ids)
 
-    def conditioning(self, states: Tensor, pooled: Tensor | None, time_ids: Tensor | int) -> Conditioning:
+    def conditioning(self, states: Tensor, pooled: Tensor | None, time_ids: Tensor | Size) -> Conditioning:
         """The conditioning from text states [B, L, D] and pooled text [B, P] of this pipeline; time_ids as in
         `encode`."""
         batch = len(states)
         if not self.family.uses_time_ids():
             time_ids = None
-        elif isinstance(time_ids, int):
-            time_ids = square_time_ids(batch, time_ids, self.device)
+        elif isinstance(time_ids, tuple):
+            time_ids = uncropped_time_ids(batch, time_ids, self.device)
         empty_states, empty_pooled = self.empty or (None, None)
         if empty_states is not None:
             empty_states = empty_states.expand(batch, -1, -1)

@@ -1,5 +1,6 @@
 """Validation of a pipeline folder from its small files, before any weight is read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
@@ -127,15 +128,21 @@ def _check_index(index: dict, family: Family, folder: Path) -> None:
             )
 
 
-def check_fit(folder: Path, resolution: int, timesteps: tuple[int, ...] = (), variant: str = "") -> None:
-    """Checks that a valid pipeline folder supports this resolution and these timesteps of a generator, and that its
-    denoiser has weight files of the variant (other parts may be plain). Raises ModelError."""
+def check_fit(
+    folder: Path,
+    resolution: int,
+    timesteps: tuple[int, ...] = (),
+    variant: str = "",
+    buckets: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Checks that a valid pipeline folder supports this resolution, or these buckets (height, width), and these timesteps of
+    a generator, and that its denoiser has weight files of the variant (other parts may be plain). Raises ModelError."""
     family = family_of(folder)
     if variant and not variant_of(weight_files(folder / family.part, variant), variant):
         wanted = variant_name(f"{STEM}.safetensors", variant)
         raise ModelError(f"variant={variant}: {folder / family.part} has no {wanted}: use another variant or none")
     config, vae = (read_json(folder / part / "config.json") for part in (family.part, "vae"))
-    check_sizes(family, config, vae, load_schedule(folder), resolution, timesteps, str(folder))
+    check_sizes(family, config, vae, load_schedule(folder), resolution, timesteps, str(folder), buckets)
 
 
 def check_sizes(
@@ -146,20 +153,23 @@ def check_sizes(
     resolution: int,
     timesteps: tuple[int, ...],
     where: str,
+    buckets: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """Checks that a denoiser and an autoencoder with these configurations support this resolution and these timesteps of a
-    generator. where: the pipeline. Raises ModelError."""
+    """Checks that a denoiser and an autoencoder with these configurations support this resolution, or these buckets (height,
+    width), and these timesteps of a generator. where: the pipeline. Raises ModelError."""
     unit = 2 ** (len(vae["block_out_channels"]) - 1) * family.patch(config)
-    if resolution % unit:
-        near = max(resolution // unit, 1) * unit
-        raise ModelError(
-            f"data.resolution={resolution} is not a multiple of {unit} pixels (autoencoder and patches of {where}): "
-            f"use {near}"
-        )
     largest = family.largest_side(config)
-    if largest and resolution // unit * family.patch(config) > largest:
-        most = largest // family.patch(config) * unit
-        raise ModelError(f"data.resolution={resolution}: {where} supports at most {most} pixels")
+    most = largest // family.patch(config) * unit if largest else 0
+    shapes = [(f"data.buckets: {list(size)}", size) for size in buckets]
+    for name, size in shapes or [(f"data.resolution={resolution}", (resolution,))]:
+        if any(side % unit for side in size):
+            near = [max(side // unit, 1) * unit for side in size]
+            raise ModelError(
+                f"{name} is not a multiple of {unit} pixels (autoencoder and patches of {where}): "
+                f"use {near if buckets else near[0]}"
+            )
+        if most and max(size) > most:
+            raise ModelError(f"{name}: {where} supports at most {most} pixels")
     if timesteps:
         _check_timesteps(where, schedule, timesteps)
 

@@ -17,7 +17,8 @@ give_up() { # code message
 }
 
 job_field() { # job field
-    scontrol show job -o "$1" 2>/dev/null | grep -oP "(?<= $2=)\S+" || true
+    # One job of an array has the id of the array, for which Slurm shows all.
+    scontrol show job -o "$1" 2>/dev/null | grep -m1 "^JobId=$1 " | grep -oP "(?<= $2=)\S+" || true
 }
 
 dependents() { # job -> the pending jobs that depend on it
@@ -220,26 +221,54 @@ stop_step() {
     SIGNALLER=$!
 }
 
-run_job() { # verb arguments...
-    local code=0 module port folder
+# Goes to the folder that the job was submitted from, checks the settings and prepares the environment.
+enter_job() { # verb
+    local module
     ASKED=0 STEP='' SIGNALLER=''
     trap stop_step USR1 TERM
     VERB=$1
-    shift
-    ARGUMENTS=("$@")
-    [ -n "${SLURM_JOB_ID:-}" ] || { say "submit this script with sbatch; without Slurm run: disback $VERB --config ..."; exit $MISTAKE; }
+    [ -n "${SLURM_JOB_ID:-}" ] || { say "submit this script with sbatch; without Slurm run: disback $VERB ..."; exit $MISTAKE; }
     cd "${SLURM_SUBMIT_DIR:-.}" || give_up $MISTAKE "the folder that the job was submitted from does not exist: $SLURM_SUBMIT_DIR"
-    [ -f "$CONFIG" ] || [ ! -f "$DISBACK_HOME/$CONFIG" ] || CONFIG=$DISBACK_HOME/$CONFIG
-    [ -f "$CONFIG" ] || give_up $MISTAKE "CONFIG=$CONFIG: no such file in $PWD or $DISBACK_HOME"
     [[ $LAUNCHER =~ ^(srun|deepspeed|torchrun)$ ]] || give_up $MISTAKE "LAUNCHER=$LAUNCHER: use srun, deepspeed or torchrun"
     for module in $MODULES; do
         module load "$module" || give_up $MISTAKE "MODULES: module load $module failed"
     done
     choose_tasks
-    CHAIN=${DISBACK_CHAIN:-$SLURM_JOB_ID}
     export PYTHONUNBUFFERED=1 DISBACK_HOME OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS < 8 ? CPUS : 8))}"
     # Without it, blocks of many sizes leave the GPU's memory in pieces. Either name sets it.
     [ -n "${PYTORCH_ALLOC_CONF:-}" ] || export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"
+}
+
+# Starts the ranks with these arguments and waits for them; sets CODE.
+run_ranks() { # about verb arguments...
+    local port about=$1
+    shift
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export DISBACK_NODES="${nodes[*]}" DISBACK_PEERS RANKS_PER_NODE
+    DISBACK_PEERS=$(for node in "${nodes[@]:0:2}"; do address_of "$node"; done | paste -sd' ')
+    port=$(choose_port) || exit $?
+    say "job $SLURM_JOB_ID ($VERB): $NODES nodes x $RANKS_PER_NODE ranks x $CPUS CPUs with $LAUNCHER, ${MASTER_ADDR:-${DISBACK_PEERS%% *}}:$port, $about"
+
+    MASTER_ADDR=${MASTER_ADDR:-${DISBACK_PEERS%% *}} MASTER_PORT=$port launch "$@" &
+    STEP=$!
+    ((ASKED)) && stop_step
+    while :; do
+        wait "$STEP"
+        CODE=$?
+        # A signal to this shell also ends `wait`.
+        if ((CODE <= 128)) || ! kill -0 "$STEP" 2>/dev/null; then break; fi
+    done
+    [ -n "$SIGNALLER" ] && kill "$SIGNALLER" 2>/dev/null
+}
+
+run_job() { # verb arguments...
+    local folder
+    ARGUMENTS=("${@:2}")
+    enter_job "$1"
+    shift
+    [ -f "$CONFIG" ] || [ ! -f "$DISBACK_HOME/$CONFIG" ] || CONFIG=$DISBACK_HOME/$CONFIG
+    [ -f "$CONFIG" ] || give_up $MISTAKE "CONFIG=$CONFIG: no such file in $PWD or $DISBACK_HOME"
+    CHAIN=${DISBACK_CHAIN:-$SLURM_JOB_ID}
     read_progress "$@" || give_up $MISTAKE "$PROBLEM"
     folder=$RUN/slurm/$CHAIN
     [[ $folder == /* ]] || folder=$PWD/$folder
@@ -250,23 +279,30 @@ run_job() { # verb arguments...
     STARTED_AT=$PROGRESS
     ((STALLED < MAX_STALLED)) || give_up 1 "giving up after $MAX_STALLED starts without progress ($PROGRESS)"
 
-    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    export DISBACK_NODES="${nodes[*]}" DISBACK_PEERS RANKS_PER_NODE
-    DISBACK_PEERS=$(for node in "${nodes[@]:0:2}"; do address_of "$node"; done | paste -sd' ')
-    port=$(choose_port) || exit $?
-    say "job $SLURM_JOB_ID ($VERB): $NODES nodes x $RANKS_PER_NODE ranks x $CPUS CPUs with $LAUNCHER, ${MASTER_ADDR:-${DISBACK_PEERS%% *}}:$port, $CONFIG, $PROGRESS"
+    run_ranks "$CONFIG, $PROGRESS" "$VERB" --config "$CONFIG" "$@"
+    conclude "$CODE"
+}
 
-    MASTER_ADDR=${MASTER_ADDR:-${DISBACK_PEERS%% *}} MASTER_PORT=$port launch "$VERB" --config "$CONFIG" "$@" &
-    STEP=$!
-    ((ASKED)) && stop_step
-    while :; do
-        wait "$STEP"
-        code=$?
-        # A signal to this shell also ends `wait`.
-        if ((code <= 128)) || ! kill -0 "$STEP" 2>/dev/null; then break; fi
-    done
-    [ -n "$SIGNALLER" ] && kill "$SIGNALLER" 2>/dev/null
-    conclude "$code"
+# One job of an array, or a job alone. It has no run folder: what is done is on disk, and a restart does the rest.
+run_part() { # verb arguments...
+    local step=${SLURM_ARRAY_TASK_STEP:-1} part
+    enter_job "$1"
+    part=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / (step > 0 ? step : 1)))/${SLURM_ARRAY_TASK_COUNT:-1}
+    run_ranks "part $part" "$@" --job "$part"
+    if ((CODE == 0)); then
+        say "job $SLURM_JOB_ID ($VERB): done"
+    elif ((CODE == MISTAKE)); then
+        give_up $MISTAKE "stopped by a mistake in the request (see above)"
+    elif ((${SLURM_RESTART_COUNT:-0} >= MAX_STALLED)); then
+        give_up "$CODE" "giving up after $((SLURM_RESTART_COUNT + 1)) starts (code $CODE): submit it again to go on"
+    else
+        exit_unless_restartable "the step exited with code $CODE"
+        say "job $SLURM_JOB_ID ($VERB): the step exited with code $CODE; restarting"
+        trap '' USR1 TERM # requeueing sends SIGTERM to this shell
+        scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" ||
+            give_up "$CODE" "this cluster does not allow requeueing: submit it again to go on"
+        exit $STOPPED
+    fi
 }
 
 launch() {

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from ranks_average import average  # noqa: F401 (found by name)
+from ranks_buckets import buckets  # noqa: F401 (found by name)
 from ranks_elastic import elastic_load, elastic_save, write_failure  # noqa: F401 (found by name)
 from ranks_traffic import traffic  # noqa: F401 (found by name)
 

@@ -30,15 +30,18 @@ def elastic_flags(root, stage):
 class ReadingRun(Run):
     """Writes down the positions that this rank reads."""
 
-    def dataset(self, split, want):
+    def dataset(self, split, want, batch=1):
         return ReadingDataset(
-            super().dataset(split, want), self.folder / f"read-{self.world.size}-{self.world.rank}.txt"
+            super().dataset(split, want, batch), self.folder / f"read-{self.world.size}-{self.world.rank}.txt"
         )
 
 
 class ReadingDataset:
     def __init__(self, dataset, file):
-        self.dataset, self.file, self.rejected, self.close = dataset, file, dataset.rejected, dataset.close
+        self.dataset, self.file = dataset, file
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
 
     def __len__(self):
         return len(self.dataset)

@@ -57,22 +57,24 @@ class Backtracking(DenoiserStage):
                 cond = real_cond = self.encode(batch)
                 if rest:
                     with torch.no_grad():
-                        x0 = self.sample(cond, draws)
+                        x0 = self.sample(cond, draws, self.latent_shape(batch))
                 else:
-                    x0, mismatch = self.update_generator(cond, draws, rates["generator"])
+                    x0, mismatch = self.update_generator(cond, draws, self.latent_shape(batch), rates["generator"])
                     mismatches.append(mismatch)
             self.update_fake_score(x0, cond, batch, real_cond, draws, rates["fake_score"])
         if rest == 0:
             self.average.update()
             self.target.observe(generator_update, torch.stack(mismatches).mean())
 
-    def update_generator(self, cond: Conditioning, draws: Draws, rate: float) -> tuple[Tensor, Tensor]:
+    def update_generator(
+        self, cond: Conditioning, draws: Draws, shape: tuple[int, int, int], rate: float
+    ) -> tuple[Tensor, Tensor]:
         """A micro-batch of the generator's update, in `generator_split` pieces; returns its samples, detached, and the
         mismatch on them."""
         size, samples, mismatches = self.micro // self.settings.generator_split, [], []
         for rows in (slice(low, low + size) for low in range(0, self.micro, size)):
             piece = cond.map(lambda value, rows=rows: value[rows])
-            x0 = self.sample(piece, draws.rows(rows))
+            x0 = self.sample(piece, draws.rows(rows), shape)
             gradient, mismatch = self.gradient_on_x0(x0.detach(), piece, draws.rows(rows))
             # mean(x0 * gradient) has gradient / elements as its gradient on x0.
             self.generator.step((x0 * gradient).mean(), rate)
@@ -85,9 +87,9 @@ class Backtracking(DenoiserStage):
             self.reused.append(x0, cond)
         return x0, mismatch
 
-    def sample(self, cond: Conditioning, draws: Draws) -> Tensor:
-        """x0 [B, C, h, w] of the generator, at its one step or at a random one of several."""
-        return self.student.training_sample(self.generator, cond, draws, self.sampler.latent_shape)
+    def sample(self, cond: Conditioning, draws: Draws, shape: tuple[int, int, int]) -> Tensor:
+        """x0 [B, *shape] of the generator, at its one step or at a random one of several."""
+        return self.student.training_sample(self.generator, cond, draws, shape)
 
     def gradient_on_x0(self, x0: Tensor, cond: Conditioning, draws: Draws) -> tuple[Tensor, Tensor]:
         """The gradient on x0 [B, C, h, w], and the mismatch between target and fake score, a scalar."""
@@ -165,7 +167,8 @@ class Backtracking(DenoiserStage):
             fake_folder = run.teacher_folder
         with_head = None
         if run.settings.gan.enabled:
-            shape = self.sampler.latent_shape
+            # The head halves features as often as the shorter side of the smallest bucket allows, and takes any larger ones.
+            shape = tuple(min(sides) for sides in zip(*map(self.sampler.shape_of, self.dataset.shapes), strict=True))
             with_head = partial(Discriminator, latent_shape=shape, seed=run.settings.seed)
         self.teacher = self.add_role(
             self.builder.build("teacher", run.teacher_folder, settings.teacher_ds_config, adapter=target_adapter)

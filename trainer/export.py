@@ -69,6 +69,8 @@ def _export(run: Run, weights: Path, out: Path, note: dict, merge: bool, dtype: 
         write_card(run.folder, folder, out)
 
     note = note | {"resolution": s.data.resolution, "dtype": str(dtype).removeprefix("torch.")}
+    if s.data.buckets:
+        note["buckets"] = [list(shape) for shape in s.data.shapes]
     note |= describe_teacher(s, teacher)
     if s.export.push_to_hub:
         note["repository"] = s.export.push_to_hub

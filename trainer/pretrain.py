@@ -34,9 +34,9 @@ class Pretraining(DenoiserStage):
         rate = self.rates(step)["teacher"]
         for batch in self.micro_batches():
             draws = self.noise.at(step, batch.index)
-            x0 = batch_latents(batch, self.sampler, draws.normal("posterior", self.sampler.latent_shape))
+            x0 = batch_latents(batch, self.sampler, draws.normal("posterior", self.latent_shape(batch)))
             sizes, crops = (to_device(x, self.world.device) for x in (batch.original_sizes, batch.crops))
-            cond = self.encode(batch, image_time_ids(sizes, crops, self.sampler.resolution))
+            cond = self.encode(batch, image_time_ids(sizes, crops, self.size(batch)))
             cond = cond.dropped(draws.uniform("dropout") < self.settings.caption_dropout)
             t = self.schedule.timesteps(draws.uniform("t"))
             eps = draws.normal("eps", tuple(x0.shape[1:]))

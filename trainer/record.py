@@ -27,11 +27,11 @@ class Recording(DenoiserStage):
         rate = self.rates(step)["fake_score"]
         for batch in self.micro_batches():
             draws = self.noise.at(step, batch.index)
-            cond = self.encode(batch)
+            cond, shape = self.encode(batch), self.latent_shape(batch)
             with torch.no_grad():
-                x0 = self.student.training_sample(self.generator, cond, draws, self.sampler.latent_shape)
+                x0 = self.student.training_sample(self.generator, cond, draws, shape)
             t = self.schedule.timesteps(draws.uniform("t"))
-            eps = draws.normal("eps", self.sampler.latent_shape)
+            eps = draws.normal("eps", shape)
             loss = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
             self.meters.add("loss/fake_score", loss)
             self.fake_score.step(loss, rate)
@@ -62,14 +62,18 @@ class Recording(DenoiserStage):
 
     @torch.no_grad()
     def _probe(self) -> Probe:
-        """The fixed samples that the score distance is measured on: the same for every number of processes."""
-        probe, parts = self.settings.probe, []
-        numbers, shape = [i % probe for i in self.candidates.rows], self.sampler.latent_shape
+        """The fixed samples that the score distance is measured on: the same for every number of processes. With buckets, all
+        are of the one with most samples: a mean over shapes would be one over images of unequal weight."""
+        probe, parts, data = self.settings.probe, [], self.dataset
+        numbers, size = [i % probe for i in self.candidates.rows], self.sampler.size
+        if self.run.settings.data.buckets:
+            size = data.shapes[data.main_bucket]
+        shape = self.sampler.shape_of(size)
         for low in range(0, len(numbers), self.micro):
             draws = self.noise.at(0, numbers[low : low + self.micro])
-            samples = collate([self.dataset[i % len(self.dataset)] for i in draws.index])
+            samples = collate([data.example(i % len(data)) for i in draws.index])
             text = samples["captions"], samples["cached"]
-            cond = self.sampler.text.encode_or_load(*text, self.sampler.resolution)
+            cond = self.sampler.text.encode_or_load(*text, size)
             x0 = self.student.every_step(self.generator, cond, draws, "probe z", shape)
             t = self.schedule.timesteps(draws.uniform("probe t"), 0.02, 0.98)
             parts.append((self.schedule.add_noise(x0, draws.normal("probe eps", shape), t), t, cond))

@@ -1,8 +1,11 @@
 """`disback shards`: builds, encodes, indexes and validates WebDataset shards."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from data.settings import DataSettings
 from data.shard_patterns import expand, not_read
@@ -75,9 +78,21 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def _data_settings(args: argparse.Namespace) -> DataSettings:
+    """The `data` section of --config, if there is one, under the options."""
     if args.resolution is not None and args.resolution < 8:
         raise UserError(f"--resolution {args.resolution}: must be at least 8")
-    return DataSettings(**{key: value for key in DATA_OPTIONS if (value := getattr(args, key)) is not None})
+    base = {}
+    if args.config:
+        from trainer.config.load import load_settings
+
+        base = load_settings(args.config, []).data.model_dump()
+    given = {key: value for key in DATA_OPTIONS if (value := getattr(args, key)) is not None}
+    try:
+        return DataSettings(**base | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{first['loc'][0].replace('_', '-')}: " if first["loc"] else ""
+        raise UserError(option + first["msg"].removeprefix("Value error, ")) from error
 
 
 def _tell_not_read(patterns: str) -> None:
@@ -86,7 +101,8 @@ def _tell_not_read(patterns: str) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    if missing := [name for name in ("pipeline", "resolution", "out") if not getattr(args, name)]:
+    needed = ("pipeline", "out") if args.config else ("pipeline", "resolution", "out")
+    if missing := [name for name in needed if not getattr(args, name)]:
         raise UserError(f"--encode needs --{' and --'.join(missing)}")
     if args.batch < 1 or args.workers < 0:
         raise UserError("--encode: --batch is at least 1, --workers at least 0")
@@ -95,7 +111,7 @@ def encode(args: argparse.Namespace) -> None:
     end_with_launcher()
     from trainer.encode import Encoding, Part, encode_shards
 
-    paths, part = expand(args.encode, "--encode"), Part.of_environment()
+    paths, part = expand(args.encode, "--encode"), Part.of_environment(*args.job)
     no_progress_bars()
     encoding = Encoding(args.pipeline, data, args.text, args.precision, args.variant, part.device)
     if part.rank == 0:
@@ -103,7 +119,43 @@ def encode(args: argparse.Namespace) -> None:
     encode_shards(paths, args.out, encoding, part, args.batch, args.workers)
 
 
-DATA_OPTIONS = ("resolution", "image_keys", "caption_key", "caption_field")  # fields of DataSettings
+def _shapes(text: str) -> str | list[tuple[int, int]]:
+    """`auto`, or shapes such as 1024x1024,832x1216 (height x width)."""
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write auto, or HEIGHTxWIDTH,... such as 1024x1024,832x1216")
+    return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+
+
+def _fields(text: str) -> str | dict[str, float]:
+    """A field, or several with their weights: caption:1,blip:3."""
+    if ":" not in text:
+        return text
+    try:
+        return {name: float(weight) for name, _, weight in (part.rpartition(":") for part in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME, or NAME:WEIGHT,NAME:WEIGHT") from error
+
+
+def _job(text: str) -> tuple[int, int]:
+    """`I/N`, counted from 0."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N, with I from 0 to N - 1")
+    return int(match[1]), int(match[2])
+
+
+DATA_OPTIONS = (  # fields of DataSettings
+    "resolution",
+    "buckets",
+    "bucket_step",
+    "min_size",
+    "filters",
+    "image_keys",
+    "caption_key",
+    "caption_field",
+)
 ACTIONS = {"emoji": emoji, "digits": digits, "images": images, "index": index, "validate": validate, "encode": encode}
 
 
@@ -146,12 +198,35 @@ def _parser() -> Parser:
     parser.add_argument("--per-shard", type=int, default=1000, help="samples per shard (default 1000)")
     parser.add_argument("--decode", action="store_true", help="with --validate: decode every image too")
     reading = parser.add_argument_group("with --validate and --encode, as in the data settings of a run")
+    reading.add_argument(
+        "--config",
+        type=path_argument,
+        metavar="FILE",
+        help="a run's configuration, whose data section these options change",
+    )
     reading.add_argument("--resolution", type=int, help="side of the square images in pixels (--validate: 1024)")
+    reading.add_argument(
+        "--buckets", type=_shapes, metavar="SHAPES", help="aspect-ratio buckets: auto, or HEIGHTxWIDTH,HEIGHTxWIDTH,..."
+    )
+    reading.add_argument("--bucket-step", type=int, metavar="PIXELS", help="with --buckets auto (default 64)")
+    reading.add_argument("--min-size", type=int, metavar="PIXELS", help="leave out images with a shorter side")
+    reading.add_argument(
+        "--filter",
+        action="append",
+        dest="filters",
+        metavar="EXPR",
+        help="such as 'aesthetic >= 6.25'; may be given again",
+    )
     reading.add_argument(
         "--image-keys", type=lambda text: text.split(","), metavar="EXT,...", help="extensions of images"
     )
     reading.add_argument("--caption-key", metavar="EXT", help="extension of captions (default txt)")
-    reading.add_argument("--caption-field", metavar="NAME", help="field of the .json that has the caption")
+    reading.add_argument(
+        "--caption-field",
+        type=_fields,
+        metavar="NAME",
+        help="field of the .json that has the caption, or NAME:WEIGHT,...",
+    )
     encoding = parser.add_argument_group(
         "with --encode (split over processes by RANK and WORLD_SIZE, as torchrun sets them)"
     )
@@ -162,6 +237,9 @@ def _parser() -> Parser:
     encoding.add_argument("--variant", default="", help="of the pipeline's weight files, such as fp16")
     encoding.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="of what is stored (default bf16)"
+    )
+    encoding.add_argument(
+        "--job", type=_job, default=(0, 1), metavar="I/N", help="encode part I of N, counted from 0: a job of an array"
     )
     encoding.add_argument("--batch", type=int, default=8, help="images encoded at once (default 8)")
     encoding.add_argument("--workers", type=int, default=0, help="processes that decode images (default 0: this one)")
@@ -177,8 +255,9 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         if args.captions and not args.images:
             raise UserError("--captions FILE goes with --images DIR")
-        if not (args.validate or args.encode) and any(getattr(args, key) is not None for key in DATA_OPTIONS):
-            options = ", ".join(f"--{key.replace('_', '-')}" for key in DATA_OPTIONS)
+        reading = (*DATA_OPTIONS, "config")
+        if not (args.validate or args.encode) and any(getattr(args, key) is not None for key in reading):
+            options = ", ".join(f"--{key.replace('_', '-')}" for key in reading).replace("--filters", "--filter")
             raise UserError(f"{options} go with --validate and --encode")
         if not 0 <= args.seed < 2**32:
             raise UserError(f"--seed {args.seed}: must be from 0 to {2**32 - 1}")

@@ -166,7 +166,7 @@ def test_every_text_setting_is_a_path_or_known_not_to_be(monkeypatch):
         for line in reference().splitlines()
         if "| str" in line or "dict[" in line or "list[str]" in line
     }
-    other = "variant data.image_keys data.caption_key lora.targets sample.prompts data.caption_field export.checkpoint export.license "
+    other = "variant data.image_keys data.caption_key lora.targets sample.prompts data.caption_field data.filters export.checkpoint export.license "
     other += "export.push_to_hub evaluate.folder evaluate.clip_model evaluate.prompt_key"
     assert texts - set(other.split()) == set(PATHS)
 

@@ -159,7 +159,9 @@ def test_validate(shards, monkeypatch):
     decoded = validate(tars, decode=True, settings=DataSettings(resolution=8))
     assert decoded["samples"] == 21 and decoded["rejects"]["image does not decode"] == 1
     sides, real = [], resize_and_crop
-    monkeypatch.setattr(shard_dataset, "resize_and_crop", lambda image, side: sides.append(side) or real(image, side))
+    monkeypatch.setattr(
+        shard_dataset, "resize_and_crop", lambda image, size, *more: sides.append(size[0]) or real(image, size, *more)
+    )
     assert validate(tars[2:], True)["samples"] == 4 and sides == [1024] * 4  # the default of a run
     assert validate(tars, settings=DataSettings(caption_field="row"))["rejects"] == {
         "caption is a number, not text": 24

@@ -121,15 +121,15 @@ def test_broken_files_raise(encode, form):
 def test_the_crop_is_the_centre():
     image = torch.zeros(3, 8, 20, dtype=torch.uint8)
     image[:, :, 6:14] = 255
-    square, corner = resize_and_crop(image, 8)
+    square, corner = resize_and_crop(image, (8, 8))
     assert corner == (0, 6) and square.shape == (3, 8, 8) and square.dtype == torch.float32
     assert (square == 1).all()
-    assert (resize_and_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 8)[0] == -1).all()
+    assert (resize_and_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), (8, 8))[0] == -1).all()
 
 
 def test_resizing_is_pillows():
     pixels = np.random.default_rng(0).integers(0, 255, (48, 32, 3), dtype=np.uint8)
-    square, corner = resize_and_crop(torch.from_numpy(pixels).permute(2, 0, 1), 16)
+    square, corner = resize_and_crop(torch.from_numpy(pixels).permute(2, 0, 1), (16, 16))
     wanted = np.asarray(Image.fromarray(pixels).resize((16, 24), Image.Resampling.BICUBIC))[4:20]
     assert corner == (4, 0)
     difference = (square + 1) * 127.5 - torch.from_numpy(wanted.copy()).permute(2, 0, 1)
@@ -160,7 +160,7 @@ def test_a_long_image_is_cropped_before_it_is_enlarged():
     ]:
         for shape in ((3, short, long), (3, long, short)):
             image = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
-            square, corner = resize_and_crop(image, resolution)
+            square, corner = resize_and_crop(image, (resolution, resolution))
             wanted, wanted_corner = whole(image, resolution)
             assert corner == wanted_corner and square.shape == (3, resolution, resolution)
             difference = ((square + 1) * 127.5 - wanted).abs().max()
@@ -169,6 +169,6 @@ def test_a_long_image_is_cropped_before_it_is_enlarged():
 
 def test_a_line_of_pixels_needs_no_gigabytes():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    square, corner = resize_and_crop(torch.full((3, 1, 6000), 9, dtype=torch.uint8), 1024)
+    square, corner = resize_and_crop(torch.full((3, 1, 6000), 9, dtype=torch.uint8), (1024, 1024))
     assert (square == 9 / 127.5 - 1).all() and corner == (0, (6_144_000 - 1024) // 2)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB

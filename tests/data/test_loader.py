@@ -54,7 +54,7 @@ def test_unread_steps_do_not_shift_samples(shards, monkeypatch):
     wanted = steps(tars, 7, world=1, micro_batch=4)
     read = []
     real = ShardDataset.read
-    monkeypatch.setattr(ShardDataset, "read", lambda self, row: read.append(row) or real(self, row))
+    monkeypatch.setattr(ShardDataset, "read", lambda self, row, *at: read.append(row) or real(self, row, *at))
     for start in (0, 1, 3, 4):  # also between two read steps
         read.clear()
         batches = Batches(ShardDataset(tars, 8, seed=3), BatchSplit(1, 2, 2), 0, start, every=3)
@@ -73,7 +73,7 @@ def test_resume_is_exact_and_reads_nothing_again(shards, workers, monkeypatch):
     wanted = steps(tars, 7, world=2, micro_batch=2, accumulation=2)
     read = []
     real = ShardDataset.read
-    monkeypatch.setattr(ShardDataset, "read", lambda self, row: read.append(row) or real(self, row))
+    monkeypatch.setattr(ShardDataset, "read", lambda self, row, *at: read.append(row) or real(self, row, *at))
     resumed = steps(tars, 3, world=2, micro_batch=2, accumulation=2, start_step=4, workers=workers)
     assert resumed == wanted[4:]
     if not workers:  # a worker's reads are not seen here

@@ -110,5 +110,5 @@ def test_the_first_tokenizer_for_both_encoders(root):
     plain, dmd2 = (find_source(run, "start").open(run, Sampling(one_tokenizer=flag)) for flag in (False, True))
     assert plain.sampler.text.parts.tokenizer_2.pad_token != plain.sampler.text.parts.tokenizer.pad_token
     assert dmd2.sampler.text.parts.tokenizer_2 is dmd2.sampler.text.parts.tokenizer
-    states = [each.sampler.text.encode(support.PROMPTS, 8).states for each in (plain, dmd2)]
+    states = [each.sampler.text.encode(support.PROMPTS, (8, 8)).states for each in (plain, dmd2)]
     assert not torch.equal(*states)

@@ -51,7 +51,7 @@ def test_both_stages(shards, world, pipelines, tmp_path, kind):
     ).images
     sampler = run.sampler(pipeline)
     z = ImageNoise(5, [0, 1], sampler.latent_shape, CPU).draw()
-    cond = sampler.text.encode(PROMPTS, sampler.resolution)
+    cond = sampler.text.encode(PROMPTS, sampler.size)
     with torch.no_grad():
         ours = generate(load_network(folder / family.part).eval(), z, cond, sampler.schedule, timestep)
     assert theirs.std() > 0.1
@@ -84,7 +84,7 @@ def test_gan_and_several_steps_without_pooled_text(shards, world, pipelines, tmp
         ).images
     sampler = run.sampler(pipelines["sd15"])
     noise = ImageNoise(5, [0], sampler.latent_shape, CPU)
-    cond = sampler.text.encode(PROMPTS[:1], 8)
+    cond = sampler.text.encode(PROMPTS[:1], (8, 8))
     with torch.no_grad():
         student = Student(sampler.schedule, timesteps)
         ours = student.trajectory(load_network(folder / "unet").eval(), cond, lambda _: noise.draw(), 2)[-1]

@@ -40,7 +40,7 @@ def test_teacher_samples_as_in_diffusers(pipelines, tmp_path, case):
             parts = {"text_encoder_3": None, "tokenizer_3": None}
             index |= {key: [None, None] for key in parts}
         file.write_text(json.dumps(index))
-    sampler = Sampler.load(folder, 8, torch.float32, CPU)
+    sampler = Sampler.load(folder, (8, 8), torch.float32, CPU)
     network = load_network(folder / family_of(folder).part).eval()
     z = ImageNoise(5, [0, 1], sampler.latent_shape, CPU).draw()
     ours = sampler.diffusion_images(network, PROMPTS, z, 4, 5.0).permute(0, 2, 3, 1)
@@ -50,7 +50,7 @@ def test_teacher_samples_as_in_diffusers(pipelines, tmp_path, case):
     ).images
     assert theirs.std() > 0.01
     assert (ours / 255 - theirs.permute(0, 2, 3, 1)).abs().max() <= 1.01 / 255  # ours truncates to bytes
-    empty = sampler.text.encode(PROMPTS, 8).unconditional().states
+    empty = sampler.text.encode(PROMPTS, (8, 8)).unconditional().states
     assert bool((empty == 0).all()) == (case == "sdxl")
 
 
@@ -59,8 +59,8 @@ def test_flops_are_those_of_the_network(pipelines, kind):
     folder = pipelines[kind]
     family = family_of(folder)
     assert family is FAMILIES[support.KINDS[kind]]
-    network, sampler = load_network(folder / family.part), Sampler.load(folder, 8, torch.float32, CPU)
-    cond = sampler.text.encode(PROMPTS[:1], 8)
+    network, sampler = load_network(folder / family.part), Sampler.load(folder, (8, 8), torch.float32, CPU)
+    cond = sampler.text.encode(PROMPTS[:1], (8, 8))
     # The counter knows no fused attention of the CPU: take it apart into products.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         predict(network, torch.zeros(1, *sampler.latent_shape), torch.tensor([7]), cond)
@@ -91,7 +91,7 @@ def test_plan_counts_every_family(shards, pipelines, kind):
     assert (
         plan["parameters"]["generator"]["frozen"] == plan["parameters"]["teacher"]["frozen"] == network.num_parameters()
     )
-    sampler = Sampler.load(folder, 8, torch.float32, CPU)
+    sampler = Sampler.load(folder, (8, 8), torch.float32, CPU)
     config = {**network.config, "_class_name": type(network).__name__}
     flops = pass_flops(config, sampler.latent_shape, sampler.text.tokens).forward
     assert plan["per_sample"]["forward_tflop"] == pytest.approx(flops / 1e12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from models.conditioning import Conditioning, image_time_ids, square_time_ids
+from models.conditioning import Conditioning, image_time_ids, uncropped_time_ids
 from models.denoise import generate, predict_guided
 from models.diffusion import Schedule
 from models.ema import Ema
@@ -94,7 +94,7 @@ def test_one_step_generator_is_the_papers_formula():
             assert t.tolist() == [399, 399]
             return (eps,)
 
-    cond = Conditioning(torch.zeros(2, 3, 4), torch.zeros(2, 4), square_time_ids(2, 8, torch.device("cpu")))
+    cond = Conditioning(torch.zeros(2, 3, 4), torch.zeros(2, 4), uncropped_time_ids(2, (8, 8), torch.device("cpu")))
     abar = s.alphas[399] ** 2
     expected = (z - (1 - abar).sqrt() * eps) / abar.sqrt()
     assert torch.allclose(generate(Net(), z, cond, s, 399), expected, atol=1e-6)
@@ -134,7 +134,7 @@ def test_caption_dropout_and_time_ids():
     dropped = cond.dropped(torch.tensor([True, False]))
     assert dropped.states.sum((1, 2)).tolist() == [0, 12] and dropped.pooled.sum(1).tolist() == [0, 4]
     assert dropped.time_ids.sum() == 12
-    ids = image_time_ids(torch.tensor([[600, 800]]), torch.tensor([[0, 85]]), 512)
+    ids = image_time_ids(torch.tensor([[600, 800]]), torch.tensor([[0, 85]]), (512, 512))
     assert ids.tolist() == [[600, 800, 0, 85, 512, 512]]
 
 

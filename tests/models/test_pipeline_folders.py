@@ -95,7 +95,7 @@ def test_strict_loading(root, world, tmp_path):
 
 
 def test_many_images_are_decoded_in_pieces(root, monkeypatch):
-    sampler = Sampler.load(root / "base" / "pipeline", 8, torch.float32, torch.device("cpu"))
+    sampler = Sampler.load(root / "base" / "pipeline", (8, 8), torch.float32, torch.device("cpu"))
     latents, images = torch.randn(5, *sampler.latent_shape), torch.rand(5, 3, 8, 8) * 2 - 1
     whole = sampler.decode(latents), *sampler.posterior(images)
     monkeypatch.setattr("models.sampler.VAE_PIXELS", 2 * 8**2)

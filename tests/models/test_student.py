@@ -101,7 +101,7 @@ def test_exported_students_equal_our_sampling(root, world, tmp_path, timesteps, 
     noise = ImageNoise(5, [0, 1, 2], sampler.latent_shape, world.device)
     student = Student(sampler.schedule, timesteps)
     with torch.no_grad():
-        text = sampler.text.encode(support.PROMPTS, sampler.resolution)
+        text = sampler.text.encode(support.PROMPTS, sampler.size)
         network = load_network(source / "unet").eval()
         ours = student.trajectory(network, text, lambda _: noise.draw(), len(timesteps))[-1]
     assert theirs.std() > 0.1 and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))

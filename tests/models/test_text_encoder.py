@@ -74,7 +74,7 @@ def warned():
 def test_long_captions_are_counted(pipelines, kind, warned):
     text = TextEncoder(pipelines[kind], torch.float32, CPU)
     for _ in range(2):
-        text.encode(CAPTIONS, 8)
+        text.encode(CAPTIONS, (8, 8))
     assert not warned
     assert text.truncated(CAPTIONS) == 2 and text.truncated(["a seven", ""]) == 0
     assert len(text.tokenizers) == (2 if kind == "sd3" else 1)  # SDXL's two, and SD3's first two, split alike
@@ -88,11 +88,11 @@ def test_long_captions_are_counted(pipelines, kind, warned):
 @pytest.mark.parametrize("kind", ["sdxl", "sd15", "sd3"])
 def test_encoding_does_not_wait_for_the_device(pipelines, kind):
     text = TextEncoder(pipelines[kind], torch.float32, torch.device("meta"))
-    text.encode(CAPTIONS, 8)  # the time ids' row of a resolution is made once
+    text.encode(CAPTIONS, (8, 8))  # the time ids' row of a resolution is made once
     stored = {"states": torch.zeros(4, 16, 16), "pooled": torch.zeros(4, 16)}
     with BlockingCopies() as copies:
-        cond = text.encode(CAPTIONS, 8)
-        text.encode_or_load(CAPTIONS, stored, 8)
+        cond = text.encode(CAPTIONS, (8, 8))
+        text.encode_or_load(CAPTIONS, stored, (8, 8))
     assert cond.states.device.type == "meta" and not copies.found
 
 
@@ -108,7 +108,7 @@ def test_the_watch_sees_copies():
 
 def test_a_row_of_time_ids_is_kept(pipelines):
     text = TextEncoder(pipelines["sdxl"], torch.float32, CPU)
-    one, other = (text.encode(["a"] * n, 8).time_ids for n in (2, 3))
+    one, other = (text.encode(["a"] * n, (8, 8)).time_ids for n in (2, 3))
     assert isinstance(one, Tensor) and one.data_ptr() == other.data_ptr()
     assert one.tolist() == [[8, 8, 0, 0, 8, 8]] * 2 and other.shape == (3, 6)
-    assert text.encode(["a"], 16).time_ids.tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert text.encode(["a"], (16, 16)).time_ids.tolist() == [[16, 16, 0, 0, 16, 16]]

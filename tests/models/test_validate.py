@@ -128,7 +128,7 @@ def test_schedules_as_diffusers_makes_them(whole, tmp_path):
     assert torch.allclose(schedule.alphas**2, (1 - torch.tensor(betas)).cumprod(0)) and schedule.steps == 50
     scheduler = generator_scheduler(folder, (39,))
     assert torch.equal(scheduler.betas, torch.tensor(betas[:40]))
-    sampler = Sampler.load(folder, 8, torch.float32, CPU)
+    sampler = Sampler.load(folder, (8, 8), torch.float32, CPU)
     assert torch.equal(sampler.scheduler(50).betas, torch.tensor(betas))
     with pytest.raises(ModelError, match="sample.steps=51: the pipeline's schedule has 50 timesteps: set at most 50"):
         sampler.scheduler(51)

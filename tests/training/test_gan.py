@@ -149,7 +149,7 @@ def counted(run, steps=2) -> tuple[dict, float]:
     with sdpa_kernel(SDPBackend.MATH):  # the one that the counter counts on a CPU
         whole = flops(lambda: [stage.update(step) for step in range(steps)])
         captions = ["a handwritten seven"] * stage.micro
-        whole -= steps * flops(lambda: stage.sampler.text.encode(captions, stage.sampler.resolution))
+        whole -= steps * flops(lambda: stage.sampler.text.encode(captions, stage.sampler.size))
         if stage.gan:
             latents = torch.zeros(stage.micro, *LATENTS)
             whole -= steps * flops(lambda: stage.sampler.encode(torch.zeros(stage.micro, 3, 8, 8), latents))
@@ -181,9 +181,7 @@ def test_images_are_encoded_before_there_is_a_graph(root, world, monkeypatch):
     """One image at a time at 1024 px, and before the fake score's pass: nothing is in memory next to the autoencoder."""
     run = support.single(root, "encoding", world, "gan.enabled=true", "backtrack.fake_updates=2")
     stage = Backtracking(run)
-    monkeypatch.setattr(stage.sampler, "resolution", 1024)
-    assert stage.sampler.vae_batch == 1
-    monkeypatch.undo()
+    assert stage.sampler._per_call((1024, 1024)) == 1
     monkeypatch.setattr("models.sampler.VAE_PIXELS", 8**2)  # one image of this run
     stage.begin(0)
     calls = []

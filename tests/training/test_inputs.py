@@ -91,7 +91,7 @@ def test_an_encoded_sample_is_its_image_and_caption(place, world):
     assert one.captions == other.captions and other.images is None
     assert torch.equal(one.original_sizes, other.original_sizes) and torch.equal(one.crops, other.crops)
     mean, std = sampler.posterior(one.images)
-    cond = sampler.text.encode(one.captions, 8)
+    cond = sampler.text.encode(one.captions, (8, 8))
     fresh = {"latent_mean": mean, "latent_std": std, "states": cond.states, "pooled": cond.pooled}
     assert support.largest_difference(fresh, other.cached) < 1e-5
     assert all(b["class"] == a["class"] and b["cache"]["vae"] for a, b in zip(one.meta, other.meta, strict=True))
@@ -117,7 +117,7 @@ def test_encoding_goes_on_and_is_split(place, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK")
     assert encode(*options) == 2 and "RANK=0, WORLD_SIZE=2: LOCAL_RANK is not set" in capsys.readouterr().err
     with monkeypatch.context() as patch:  # the second of two that are there
-        patch.setattr(Part, "of_environment", lambda: Part(1, 2, torch.device("cpu")))
+        patch.setattr(Part, "of_environment", lambda *_: Part(1, 2, torch.device("cpu")))
         patch.setenv("WORLD_SIZE", "1")
         assert encode(*options, "--batch", "8", "--workers", "1") == 0
     assert sorted(file.name for file in tmp_path.glob("*.tar")) == ["s-000001.tar", "s-000003.tar"]

@@ -10,6 +10,7 @@ from torch.nn import functional
 from trainer.distributed.logs import duration, log
 from trainer.distributed.world import World, barrier
 from trainer.evaluation.rows import Rows
+from trainer.training.preview import GREY
 
 GRID = 60  # images of the grid
 GRID_SIDE = 256  # their largest side
@@ -25,12 +26,13 @@ def fill(
     name: str,
     show: bool = False,
     keep: Callable[[int, list[int], list[Tensor]], None] | None = None,
+    canvas: tuple[int, int] | None = None,
 ) -> None:
     """Makes the chunks of `rows` that are missing. Every rank must call it.
 
     images: uint8 images, each [3, H, W], by number. measure: the blocks of a batch of images. batch: images per call.
     Within a chunk, batches do not depend on the ranks, so neither does the last bit of a row. show: also saves
-    thumbnails of the first images, for the grid. keep: called with a chunk's
+    thumbnails of the first images, for the grid; canvas: height and width of all thumbnails, if they differ. keep: called with a chunk's
     number, its images' numbers and its images, before its rows count as made.
     """
     mine, began, shown = rows.missing(world), time.monotonic(), time.monotonic()
@@ -46,7 +48,7 @@ def fill(
             made = images(part)
             found = measure(made, part)
             if show and part[0] < GRID:
-                found["shown"] = torch.stack([thumbnail(image) for image in made])
+                found["shown"] = torch.stack([_centred(thumbnail(image), canvas) for image in made])
             blocks.append({block: values.cpu() for block, values in found.items()})
             kept += [image.cpu() for image in made] if keep else []
             done += len(part)
@@ -61,15 +63,29 @@ def fill(
     barrier(world)
 
 
+def thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image's thumbnail, of at most GRID_SIDE pixels."""
+    scale = min(GRID_SIDE / max(size), 1)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
 def thumbnail(image: Tensor) -> Tensor:
-    """A uint8 image [3, H, W], averaged down to at most GRID_SIDE pixels."""
-    side = max(image.shape[1:])
-    if side <= GRID_SIDE:
+    """A uint8 image [3, H, W], averaged down to `thumbnail_size`."""
+    size = thumbnail_size(tuple(image.shape[1:]))
+    if size == tuple(image.shape[1:]):
         return image.cpu()
-    scale = GRID_SIDE / side
-    size = [round(length * scale) for length in image.shape[1:]]
     smaller = functional.interpolate(image[None].float(), size=size, mode="area")[0]
     return smaller.round().to(torch.uint8).cpu()
+
+
+def _centred(image: Tensor, canvas: tuple[int, int] | None) -> Tensor:
+    """An image [3, h, w] in the middle of a grey canvas."""
+    if canvas is None:
+        return image
+    out = torch.full((3, *canvas), GREY, dtype=torch.uint8)
+    top, left = (canvas[0] - image.shape[1]) // 2, (canvas[1] - image.shape[2]) // 2
+    out[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    return out
 
 
 def grid_images(rows: Rows) -> list[Tensor]:

@@ -89,6 +89,11 @@ class Networks:
 def load_networks(run: Run, protocol: Protocol, metrics: tuple[str, ...], weights: dict[str, Weights]) -> Networks:
     """Loads what the metrics need onto this rank's device. Raises UserError and ModelError."""
     blocks, device = compared_blocks(metrics), run.world.device
+    if run.settings.data.buckets and ("pixels" in blocks or protocol.features in CLASSIFIERS):
+        raise UserError(
+            "data.buckets: pixel_fd and the classifiers of the demos compare images of one size: choose other evaluate.metrics "
+            "and evaluate.features"
+        )
     images: dict[str, ImageRows] = {}
     prompted: dict[str, PromptRows] = {}
     name, accuracies, file = "none", (), None

@@ -23,6 +23,7 @@ from trainer.evaluation.protocols import Protocol
 from trainer.evaluation.rows import Rows
 from trainer.path.manifest import file_hash
 from trainer.training.run import Run
+from trainer.training.shard_files import prepare_shards
 
 MOMENTS_ROWS = 1024  # summed at a time: D x D sums of a few rows would take longer than their product
 
@@ -96,6 +97,7 @@ def heldout(run: Run) -> tuple[ShardDataset, dict[int, dict]]:
             "data.heldout is empty: name held-out shards, or set evaluate.prompts and evaluate.reference to captions and "
             "real images"
         )
+    prepare_shards(run, "heldout")
     dataset = run.dataset("heldout", ("image", "caption", "meta"))
     texts = dataset.texts()
     if not texts:
@@ -112,11 +114,19 @@ def heldout_images(run: Run) -> RealImages:
     credits = sorted({str(meta["credit"]) for meta in metas if meta.get("credit")})
     return RealImages(
         str(run.settings.data.heldout),
-        f"{ReferenceImages(dataset.paths, image_keys=run.settings.data.image_keys).identity} at {dataset.resolution}",
+        f"{ReferenceImages(dataset.paths, image_keys=run.settings.data.image_keys).identity} at {_selection(run, dataset)}",
         len(rows),
         lambda number: to_bytes(_read(dataset, rows[number])["image"]),
         "; ".join(credits[:3]) or None,
     )
+
+
+def _selection(run: Run, dataset: ShardDataset) -> str:
+    """Which of the shards' samples are read, and in which shapes."""
+    data, text = run.settings.data, str(dataset.resolution)
+    if data.buckets:
+        text += f" in {[list(shape) for shape in data.shapes]}"
+    return text + (f" of {data.filters} {data.min_size}" if data.selection.selects else "")
 
 
 def _read(dataset: ShardDataset, row: int) -> dict:
@@ -165,7 +175,7 @@ def _images(source: Path | list[Path], run: Run) -> ReferenceImages:
 
 
 def find_prompts(run: Run, protocol: Protocol) -> list[Prompt]:
-    """The prompts of `evaluate.prompts`, or the held-out captions with their .json. Raises UserError and DataError."""
+    """The prompts of `evaluate.prompts`, or the held-out captions with their .json and bucket. Raises UserError and DataError."""
     settings = run.settings.evaluate
     if settings.prompts:
         return read_prompts(Path(settings.prompts), settings.prompt_key)
@@ -173,5 +183,6 @@ def find_prompts(run: Run, protocol: Protocol) -> list[Prompt]:
         raise UserError(
             f"protocol {protocol.name} has prompts of its own: set evaluate.prompts to them ({protocol.about})"
         )
-    _, texts = heldout(run)
-    return [Prompt(text["caption"], f"{row:05d}", text["meta"]) for row, text in texts.items()]
+    dataset, texts = heldout(run)
+    sizes = {row: dataset.size(row) if run.settings.data.buckets else None for row in texts}
+    return [Prompt(text["caption"], f"{row:05d}", text["meta"], sizes[row]) for row, text in texts.items()]

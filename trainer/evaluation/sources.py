@@ -16,6 +16,7 @@ from models.lora import load_merged
 from models.lora_files import describe_file, is_adapter
 from models.pipeline import load_network
 from models.sampler import ImageNoise, Sampler, to_uint8
+from models.text_encoder import Size
 from models.validate import check_fit, check_pipeline
 from trainer.checkpoint.directory import RAW, WEIGHTS, CheckpointDirectory
 from trainer.errors import UserError
@@ -30,8 +31,9 @@ OWN = re.compile(r"generator|teacher|start|nodes|references|(step|node)-\d+(-raw
 class OpenSource(Protocol):
     """A loaded source."""
 
-    def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
-        """uint8 images [B, 3, H, W]; image i depends only on its caption and, as the protocol says, on seed + i."""
+    def images(self, captions: list[str], seed: int, indices: list[int], size: Size | None = None) -> Tensor:
+        """uint8 images [B, 3, H, W] of a size (height, width), by default the run's; image i depends only on its caption, the
+        size and, as the protocol says, on seed + i."""
 
 
 def all_images(opened: OpenSource, captions: list[str], seed: int, batch: int) -> Tensor:
@@ -60,7 +62,8 @@ class Source:
     def open(self, run: Run, sampling: Sampling = PLAIN) -> "OpenDenoiser":
         """Loads it onto this rank's device."""
         variant, dtype = run.settings.variant, _dtype(run, sampling)
-        check_fit(check_pipeline(self.pipeline, variant), run.settings.data.resolution)
+        data = run.settings.data
+        check_fit(check_pipeline(self.pipeline, variant), data.resolution, buckets=data.selection.buckets)
         if self.base:
             network = load_merged(self.base, self.weights, dtype, variant)
         else:
@@ -85,8 +88,9 @@ class OpenDenoiser:
     sampler: Sampler
     noise: str = "image"
 
-    def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
-        noise = ImageNoise(seed, indices, self.sampler.latent_shape, self.run.world.device, self.noise)
+    def images(self, captions: list[str], seed: int, indices: list[int], size: Size | None = None) -> Tensor:
+        shape = self.sampler.shape_of(size or self.sampler.size)
+        noise = ImageNoise(seed, indices, shape, self.run.world.device, self.noise)
         if self.source.timesteps is not None:
             return self.sampler.generator_images(self.network, captions, noise, self.source.timesteps)
         settings = self.run.settings.sample
@@ -112,7 +116,8 @@ class PipelineSource:
     def open(self, run: Run, sampling: Sampling = PLAIN) -> "OpenPipeline":
         """Loads it onto this rank's device."""
         variant = run.settings.variant
-        check_fit(check_pipeline(self.pipeline, variant), run.settings.data.resolution)
+        data = run.settings.data
+        check_fit(check_pipeline(self.pipeline, variant), data.resolution, buckets=data.selection.buckets)
         options = {"dtype": _dtype(run, sampling), "variant": variant or None, "safety_checker": None}
         if "safety_checker" not in read_json(self.pipeline / "model_index.json"):
             del options["safety_checker"]
@@ -139,19 +144,18 @@ class OpenPipeline:
     pipe: DiffusionPipeline
     sampling: Sampling = PLAIN
 
-    def images(self, captions: list[str], seed: int, indices: list[int]) -> Tensor:
-        settings, side = self.run.settings.sample, self.run.settings.data.resolution
-        channels, side_latent = self.pipe.vae.config.latent_channels, side // self.pipe.vae_scale_factor
-        noise = ImageNoise(
-            seed, indices, (channels, side_latent, side_latent), self.run.world.device, self.sampling.noise
-        )
+    def images(self, captions: list[str], seed: int, indices: list[int], size: Size | None = None) -> Tensor:
+        settings, (height, width) = self.run.settings.sample, size or self.run.settings.data.size
+        factor = self.pipe.vae_scale_factor
+        shape = self.pipe.vae.config.latent_channels, height // factor, width // factor
+        noise = ImageNoise(seed, indices, shape, self.run.world.device, self.sampling.noise)
         options = {} if noise.first is None else {"latents": noise.draw().to(self.pipe.dtype)}
         images = self.pipe(
             captions,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
-            height=side,
-            width=side,
+            height=height,
+            width=width,
             generator=noise.generators,
             output_type="pt",
             **options,

@@ -7,8 +7,10 @@ from json import dumps, loads
 import torch
 from diffusers import AutoencoderKL
 
+from data.buckets import Size
 from data.encoded import encoding_of_shards
 from data.errors import DataError
+from data.settings import DataSettings
 from data.shard_patterns import expand
 from models.architecture import Architecture
 from models.profile import PeakMemory, count_flops
@@ -37,21 +39,27 @@ def encodes_images(settings: RunSettings) -> bool:
         return True
 
 
-def images_per_call(resolution: int, micro: int) -> int:
+def largest_size(data: DataSettings) -> Size:
+    """Height and width in pixels of the largest images: with aspect-ratio buckets they decide what fits, and the others cost
+    hardly less."""
+    return max(data.shapes, key=lambda size: size[0] * size[1])
+
+
+def images_per_call(size: Size, micro: int) -> int:
     """Images of a micro-batch that the autoencoder encodes at once."""
-    return min(micro, max(1, VAE_PIXELS // resolution**2))
+    return min(micro, max(1, VAE_PIXELS // (size[0] * size[1])))
 
 
-def encoding_cost(architecture: Architecture, resolution: int) -> EncodingCost:
+def encoding_cost(architecture: Architecture, size: Size) -> EncodingCost:
     """Measured on the meta device."""
-    return _measured(dumps(architecture.vae, sort_keys=True), resolution)
+    return _measured(dumps(architecture.vae, sort_keys=True), size)
 
 
 @lru_cache
-def _measured(config: str, resolution: int) -> EncodingCost:
+def _measured(config: str, size: Size) -> EncodingCost:
     with torch.device("meta"), torch.no_grad():
         vae = AutoencoderKL.from_config(loads(config))
-        image = torch.empty(1, vae.config.in_channels, resolution, resolution)
+        image = torch.empty(1, vae.config.in_channels, *size)
         with PeakMemory(list(vae.parameters())) as memory:
             vae.encode(image)
         return EncodingCost(count_flops(lambda: vae.encode(image)), memory.peak)

@@ -12,7 +12,7 @@ from models.settings import LoraSettings
 from trainer.config.deepspeed import check_role, check_split, deepspeed_config, micro_batch
 from trainer.config.schema import RunSettings
 from trainer.planner.flops import backtrack_flops, record_flops, sampling_passes, training_passes
-from trainer.planner.images import encodes_images, encoding_cost, images_per_call
+from trainer.planner.images import encodes_images, encoding_cost, images_per_call, largest_size
 from trainer.planner.memory import PlannedRole, Zero
 
 # CUDA context, cuBLAS and cuDNN workspaces, NCCL channels: our round figure for one process on one GPU.
@@ -25,7 +25,7 @@ def role_network(settings: RunSettings, architecture: Architecture, trained: boo
     """The measured network of a trained role, or of a frozen one, which has no LoRA matrices."""
     return network_memory(
         architecture.denoiser,
-        architecture.latent_shape(settings.data.resolution),
+        architecture.latent_shape(largest_size(settings.data)),
         architecture.tokens,
         torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         settings.network.checkpointing,
@@ -36,7 +36,7 @@ def role_network(settings: RunSettings, architecture: Architecture, trained: boo
 
 def network_flops(settings: RunSettings, architecture: Architecture) -> PassFlops:
     """The counted passes of the run's networks."""
-    shape = architecture.latent_shape(settings.data.resolution)
+    shape = architecture.latent_shape(largest_size(settings.data))
     return pass_flops(architecture.denoiser, shape, architecture.tokens, settings.gan.enabled, settings.lora)
 
 
@@ -177,7 +177,8 @@ class BacktrackPlan(StagePlan):
     def roles(self) -> dict[str, PlannedRole]:
         s, fake = self.options, self.trained
         if self.settings.gan.enabled:
-            shape = self.architecture.latent_shape(self.settings.data.resolution)
+            sizes = self.settings.data.shapes
+            shape = tuple(map(min, zip(*map(self.architecture.latent_shape, sizes), strict=True)))
             # The activations of the head are below a hundredth of the network's and left out.
             head = head_parameters(self.architecture.denoiser, shape)
             fake = replace(fake, trainable=fake.trainable + head)
@@ -198,7 +199,7 @@ class BacktrackPlan(StagePlan):
         if not self.encodes:
             return 0.0
         images = self.micro * self.options.accumulation
-        return images * encoding_cost(self.architecture, self.settings.data.resolution).flops
+        return images * encoding_cost(self.architecture, largest_size(self.settings.data)).flops
 
     @property
     def activations(self) -> dict[str, float]:
@@ -206,9 +207,9 @@ class BacktrackPlan(StagePlan):
         doubled = s.guidance_batch and s.guidance_scale != 1
         images = {}
         if self.encodes:
-            resolution = self.settings.data.resolution
-            peak = encoding_cost(self.architecture, resolution).peak
-            images = {"real images, encoded": images_per_call(resolution, self.micro) * peak}
+            size = largest_size(self.settings.data)
+            peak = encoding_cost(self.architecture, size).peak
+            images = {"real images, encoded": images_per_call(size, self.micro) * peak}
         return images | {
             "generator turn, kept": piece * net.saved,
             "generator turn, backward": piece * net.peak,

@@ -72,7 +72,7 @@ def _check(settings: RunSettings, architecture: Architecture) -> None:
     """Refuses a pipeline that does not fit the settings, as training would. Raises ModelError."""
     schedule = Schedule.from_config(architecture.scheduler)
     about = architecture.denoiser, architecture.vae, schedule, settings.data.resolution, settings.student_timesteps
-    check_sizes(architecture.family, *about, architecture.name)
+    check_sizes(architecture.family, *about, architecture.name, settings.data.selection.buckets)
     if settings.lora.rank:
         check_target_names(layer_names(architecture.denoiser), settings.lora, architecture.name)
 

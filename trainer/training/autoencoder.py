@@ -34,7 +34,7 @@ class AutoencoderTraining(Stage):
     def __init__(self, run: Run, start: Path):
         settings = run.settings.pretrain.autoencoder
         super().__init__("autoencoder", run, settings, ("image", "caption"), "pretrain.autoencoder")
-        self.latent_shape = run.sampler(start).latent_shape
+        self.sampler = run.sampler(start)
         # float32 always: it is small, and the teacher would inherit its errors.
         config = deepspeed_config("zero0", self.micro, settings.accumulation, settings.clip, "fp32", run.world.size)
         network = Reconstruction(load_vae(start))
@@ -44,7 +44,7 @@ class AutoencoderTraining(Stage):
         rate = self.rates(step)["autoencoder"]
         for batch in self.micro_batches():
             images = batch.images.to(self.world.device, non_blocking=True)
-            eps = self.noise.at(step, batch.index).normal("posterior", self.latent_shape)
+            eps = self.noise.at(step, batch.index).normal("posterior", self.sampler.shape_of(tuple(images.shape[2:])))
             output, kl = self.autoencoder(images, eps)
             error = nn.functional.mse_loss(output, images)
             self.meters.add("loss/autoencoder", error)
@@ -52,9 +52,10 @@ class AutoencoderTraining(Stage):
 
     def preview(self) -> Tensor:
         """Real images above their reconstructions."""
-        real = torch.stack([self.dataset[i]["image"] for i in range(16)]).to(self.world.device)
+        real = torch.stack([self.dataset.example(i)["image"] for i in range(16)]).to(self.world.device)
         with torch.no_grad():
-            output, _ = self.autoencoder(real, torch.zeros(16, *self.latent_shape, device=self.world.device))
+            shape = self.sampler.shape_of(tuple(real.shape[2:]))
+            output, _ = self.autoencoder(real, torch.zeros(16, *shape, device=self.world.device))
         both = torch.cat([real, output.clamp(-1, 1)])
         return grid(((both + 1) * 127.5).round().to(torch.uint8), self.run.settings.sample.enlarge)
 
@@ -65,7 +66,7 @@ class AutoencoderTraining(Stage):
         vae.eval()
         rows = range(min(len(self.dataset), 1024))
         with torch.no_grad():
-            images = torch.stack([self.dataset[i]["image"] for i in rows]).to(self.world.device)
+            images = torch.stack([self.dataset.example(i)["image"] for i in rows]).to(self.world.device)
             scale = 1 / float(torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)]).std())
         if self.world.main:
             vae.register_to_config(scaling_factor=scale)

@@ -55,8 +55,10 @@ class GanTerm:
         Real samples have their own captions but the generator's time ids: the head would otherwise tell images apart by
         their stated sizes.
         """
-        # Before there is a graph: encoding images takes gigabytes, next to a graph on top of its activations.
-        latents = batch_latents(real, self.sampler, draws.normal("real posterior", tuple(x0.shape[1:])))
+        # Before there is a graph: encoding images takes gigabytes, next to a graph on top of its activations. Reused samples may
+        # be of another bucket than the real ones: the head sees each by itself.
+        shape = self.sampler.shape_of(real.size or self.sampler.size)
+        latents = batch_latents(real, self.sampler, draws.normal("real posterior", shape))
         x_t, target = self.schedule.add_noise(x0, eps, t), self.schedule.target(x0, eps, t)
         if self.settings.shared_pass:
             prediction, fake_logits = predict_with_logits(self.fake_score, x_t, t, cond)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data.encoded import encoding_of_shards
 from data.loader import Batch
+from data.settings import DataSettings
 from data.shard_patterns import expand
 from models.files import read_json
 from models.offload import offload_to_cpu
@@ -56,7 +57,8 @@ def choose_inputs(run: Run, images: bool, pipeline: Path) -> tuple[str, ...]:
             "data.cached=require, but the shards of data.train hold no text states: encode them with `disback shards "
             "--encode ... --text`, or set data.cached=auto"
         )
-    if images and record["resolution"] != data.resolution:
+    _check_selection(data, record, images)
+    if images and not data.buckets and record["resolution"] != data.resolution:
         raise UserError(
             f"the encoded shards of data.train have resolution {record['resolution']}, but data.resolution="
             f"{data.resolution}: encode them at that resolution, or set data.resolution={record['resolution']}"
@@ -71,6 +73,21 @@ def choose_inputs(run: Run, images: bool, pipeline: Path) -> tuple[str, ...]:
                 "the run's --variant)"
             )
     return "caption", *("latents",) * images, *("text",) * bool(record["text"])
+
+
+def _check_selection(data: DataSettings, record: dict, images: bool) -> None:
+    """Raises UserError for encoded shards of other buckets than the run's, or for crops and flips that come too late."""
+    mine, theirs = [list(size) for size in data.selection.buckets], record.get("buckets") or []
+    if mine != theirs:
+        raise UserError(
+            f"the encoded shards of data.train have {f'the buckets {theirs}' if theirs else 'no buckets'}, but data.buckets "
+            f"{f'are {mine}' if mine else 'is empty'}: encode them with the run's buckets, or set data.buckets={theirs}"
+        )
+    if images and (data.flip or data.crop == "random"):
+        raise UserError(
+            "data.crop=random and data.flip=true change images, but data.train names encoded shards: leave them out, or train "
+            "from images (data.cached=off)"
+        )
 
 
 def offload_unused(sampler: Sampler, inputs: tuple[str, ...]) -> None:

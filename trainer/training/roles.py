@@ -29,6 +29,7 @@ class RoleBuilder:
     def __init__(self, stage: str, run: Run, settings: TrainSettings, micro: int, sampler: Sampler):
         self.stage, self.run, self.settings, self.micro, self.sampler = stage, run, settings, micro, sampler
         self.world = run.world
+        self.shapes = len(run.settings.data.shapes)
         self.attention = ""  # the kernel, chosen with the first network
         self.process_wide = ExitStack()  # the attention preference, which holds while the stage lives
 
@@ -58,7 +59,7 @@ class RoleBuilder:
         network = empty_network(folder)
         self._choose_attention(network)
         if wanted.compile:
-            log.info(f"{name}: {compile_blocks(network)} blocks compile at their first call")
+            log.info(f"{name}: {compile_blocks(network, self.shapes)} blocks compile at their first call")
         base = ""
         if adapter:
             base = self.run.weights_hash(folder)
@@ -81,7 +82,7 @@ class RoleBuilder:
         """Tries the attention kernels with the first network's shapes, and installs the chosen one. Raises ModelError."""
         device, dtype = self.world.device, self.run.dtype
         if not self.attention:
-            cond = self.sampler.text.encode(["", ""], self.sampler.resolution).map(lambda v: v.to("meta"))
+            cond = self.sampler.text.encode(["", ""], self.sampler.size).map(lambda v: v.to("meta"))
             x = torch.empty(2, *self.sampler.latent_shape, device="meta")
             t = torch.zeros(2, dtype=torch.long, device="meta")
             shapes = attention_shapes(network, lambda twin: predict(twin, x, t, cond))

@@ -4,7 +4,7 @@ import contextlib
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -77,8 +77,8 @@ class Run:
 
     def checked(self, folder: Path, timesteps: tuple[int, ...] = ()) -> Path:
         """The pipeline folder, if it is complete and fits the settings and the generator's timesteps. Raises ModelError."""
-        s = self.settings
-        check_fit(check_pipeline(folder, s.variant), s.data.resolution, timesteps, s.variant)
+        s, buckets = self.settings, self.settings.data.selection.buckets
+        check_fit(check_pipeline(folder, s.variant), s.data.resolution, timesteps, s.variant, buckets)
         return folder
 
     def fetched(self, pipeline: str, key: str) -> Path:
@@ -101,12 +101,15 @@ class Run:
         """Per-sample noise; every stage draws from streams of its own name."""
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
 
-    def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset:
-        """The samples of `data.train`, `data.heldout` or `data.labelled`. want: what to read of them, see ShardDataset.
-        Raises DataError."""
+    def dataset(self, split: str, want: tuple[str, ...], batch: int = 1) -> ShardDataset:
+        """The samples of `data.train`, `data.heldout` or `data.labelled`. want: what to read of them; batch: samples per step;
+        see ShardDataset. Raises DataError."""
         data = self.settings.data
         paths = expand(getattr(data, split), f"data.{split}")
-        dataset = ShardDataset(paths, data.resolution, want, self.settings.seed, **data.keys)
+        keys = data.keys
+        if split == "train":
+            keys |= {"selection": replace(data.selection, random_crop=data.crop == "random", flip=data.flip)}
+        dataset = ShardDataset(paths, data.resolution, want, self.settings.seed, **keys, batch=batch)
         dataset.rejected += not_read(getattr(data, split), f"data.{split}")
         return dataset
 
@@ -114,7 +117,7 @@ class Run:
         """The sampler of a pipeline folder. dtype: of the text encoders (default: the run's)."""
         s = self.settings
         where = dtype or self.dtype, self.world.device
-        return Sampler.load(pipeline, s.data.resolution, *where, s.variant, s.timestep_shift)
+        return Sampler.load(pipeline, s.data.size, *where, s.variant, s.timestep_shift)
 
     @contextlib.contextmanager
     def training(self, stage: str, *shared: Path) -> Iterator[Path]:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from data.loader import Batch, Batches
 from data.sampling_order import BatchSplit
+from data.settings import DataSettings
 from models.compile import set_deterministic, set_tf32
 from models.conditioning import Conditioning
 from models.profile import pass_flops
 from models.sampler import ImageNoise
+from models.text_encoder import Size
 from trainer.config.deepspeed import micro_batch
 from trainer.config.schema import RunSettings, TrainSettings
 from trainer.distributed.logs import log
@@ -26,6 +28,7 @@ from trainer.training.metrics import Meters
 from trainer.training.preview import preview_grid
 from trainer.training.roles import RoleBuilder
 from trainer.training.run import Run
+from trainer.training.shard_files import prepare_shards
 from trainer.training.state_parts import RoleWatch, SampleCounts, StatePart
 from trainer.training.trackers import check_trackers
 
@@ -47,7 +50,8 @@ class Stage(ABC):
         self.micro = micro_batch(settings.batch, settings.accumulation, run.world.size, section or name)
         self.split = BatchSplit(run.world.size, self.micro, settings.accumulation)
         self.local_batch = self.micro * settings.accumulation
-        self.inputs, self.dataset = inputs, run.dataset("train", inputs)
+        prepare_shards(run, "train")
+        self.inputs, self.dataset = inputs, run.dataset("train", inputs, settings.batch)
         self.batches: Batches | None = None
         self.noise = run.noise(name)
         self.meters, self.counts = Meters(self.split), SampleCounts(run.world)
@@ -72,10 +76,26 @@ class Stage(ABC):
         identity |= {"precision": self.run.settings.precision, "samples": len(self.dataset)}
         if self.run.settings.network.grad_accum_dtype != "auto":  # another optimizer of DeepSpeed's, with other files
             identity["network.grad_accum_dtype"] = self.run.settings.network.grad_accum_dtype
+        identity |= self._selection()
         if encoded := [what for what in self.inputs if what in ("latents", "text")]:
             log.info(f"{self.name}: reads encoded {' and '.join(encoded)} from the shards")
             identity["data.cached"] = [*encoded, self.dataset.encoding]
         return identity
+
+    def _selection(self) -> dict:
+        """What decides which samples a step has, and how they are cut, as far as it is set."""
+        data, plain = self.run.settings.data, DataSettings()
+        names = ("min_size", "filters", "crop", "flip")
+        chosen = {f"data.{name}": getattr(data, name) for name in names if getattr(data, name) != getattr(plain, name)}
+        if data.buckets:
+            chosen["data.buckets"] = [list(shape) for shape in data.shapes]
+            counts = ", ".join(
+                f"{h} x {w}: {n}" for (h, w), n in zip(data.shapes, self.dataset.counts, strict=True) if n
+            )
+            log.info(f"{self.name}: samples by bucket (height x width): {counts}")
+        if isinstance(data.caption_field, dict):
+            chosen["data.caption_field"] = data.caption_field
+        return chosen
 
     def add_role(self, role: Role) -> Role:
         """Adds a role to `roles`; the base of an adapter becomes part of the identity."""
@@ -214,19 +234,35 @@ class DenoiserStage(Stage):
         self.builder = RoleBuilder(name, run, settings, self.micro, self.sampler)
 
     def encode(self, batch: Batch, time_ids: Tensor | None = None) -> Conditioning:
-        """Conditioning of a batch's captions or of their encoded text. time_ids: default: uncropped square images."""
-        time_ids = self.sampler.resolution if time_ids is None else time_ids
+        """Conditioning of a batch's captions or of their encoded text. time_ids: default: uncropped images."""
+        time_ids = self.size(batch) if time_ids is None else time_ids
         if "states" not in batch.cached:
             self.counts.truncated += self.sampler.text.truncated(batch.captions)
         return self.sampler.text.encode_or_load(batch.captions, batch.cached, time_ids)
+
+    def size(self, batch: Batch) -> Size:
+        """Height and width in pixels of a batch's images, or of those that are generated for its captions."""
+        return batch.size or self.sampler.size
+
+    def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of these images."""
+        return self.sampler.shape_of(self.size(batch))
+
+    @property
+    def shapes(self) -> dict[Size, float]:
+        """The sizes that the stage trains in, with their shares of the samples."""
+        shapes, counts = self.dataset.shapes, self.dataset.counts
+        return {shape: n / len(self.dataset) for shape, n in zip(shapes, counts, strict=True) if n}
 
     def count_flops(self, per_sample: Callable[..., float], role: Role, gan: bool = False, lora: bool = True) -> None:
         """Sets `flops` and `forwards` by a function of trainer.planner.flops and a role's measured passes."""
         settings: RunSettings = self.run.settings
         adapters = {"lora": settings.lora} if lora else {}
-        cost = pass_flops(role.config, self.sampler.latent_shape, self.sampler.text.tokens, gan, **adapters)
-        flops = per_sample(settings, cost)
-        self.flops, self.forwards = flops * self.local_batch, flops / cost.forward
+        flops = forward = 0.0
+        for size, share in self.shapes.items():
+            cost = pass_flops(role.config, self.sampler.shape_of(size), self.sampler.text.tokens, gan, **adapters)
+            flops, forward = flops + share * per_sample(settings, cost), forward + share * cost.forward
+        self.flops, self.forwards = flops * self.local_batch, flops / forward
 
     def grid(self, make: Callable[[list[str], ImageNoise], Tensor]) -> Tensor:
         """The preview grid of `make`, which turns captions and noise into uint8 images [B, 3, H, W]."""
