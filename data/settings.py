@@ -11,9 +11,10 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """Which samples are read, and how."""
 
     train: PathTexts = ""
-    """training shards: a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these"""
+    """training data: shards as a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these; or
+    prompts alone, where no images are needed: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or several"""
     heldout: PathTexts = ""
-    """held-out shards that evaluation compares with, named in the same ways"""
+    """held-out shards that evaluation compares with, or prompts that it uses, named in the same ways"""
     labelled: PathTexts = ""
     """shards that the classifier of a demo's scores is trained on (default: those of `train`)"""
     resolution: int = Field(1024, ge=8)
@@ -25,7 +26,8 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     caption_key: str = "txt"
     """file extension of captions"""
     caption_field: str = ""
-    """field of each sample's .json that holds its caption (default: captions are files of their own, see `caption_key`)"""
+    """field of each sample's .json that holds its caption (default: captions are files of their own, see `caption_key`); of
+    a file of prompts: the field or column (default: prompt, caption or text)"""
     cached: Literal["auto", "off", "require"] = "auto"
     """encoded shards (`disback shards --encode`): "auto" trains on their latents and text if `train` names such shards,
     "require" refuses to train without everything that the stage can use, "off" reads captions and images only"""

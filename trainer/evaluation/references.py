@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from data.prompts import Prompt, read_prompts
 from data.reference_images import ReferenceImages, is_legacy, read_statistics
 from data.shard_dataset import SampleError, ShardDataset
 from data.shard_patterns import expand
+from data.sources import names_prompts
 from models.image_metrics import Moments, PixelComponents, Statistics
 from trainer.distributed.logs import log
 from trainer.distributed.world import World, from_main, sum_over_ranks
@@ -96,6 +97,11 @@ def heldout(run: Run) -> tuple[ShardDataset, dict[int, dict]]:
             "data.heldout is empty: name held-out shards, or set evaluate.prompts and evaluate.reference to captions and "
             "real images"
         )
+    if names_prompts(run.settings.data.heldout, "data.heldout"):
+        raise UserError(
+            f"data.heldout={run.settings.data.heldout} holds prompts alone, but this evaluation compares with real images: set "
+            "evaluate.reference to them, or name held-out shards"
+        )
     dataset = run.dataset("heldout", ("image", "caption", "meta"))
     texts = dataset.texts()
     if not texts:
@@ -173,5 +179,9 @@ def find_prompts(run: Run, protocol: Protocol) -> list[Prompt]:
         raise UserError(
             f"protocol {protocol.name} has prompts of its own: set evaluate.prompts to them ({protocol.about})"
         )
+    if names_prompts(run.settings.data.heldout, "data.heldout"):
+        files = expand(run.settings.data.heldout, "data.heldout")
+        prompts = [prompt for file in files for prompt in read_prompts(file, run.settings.data.caption_field)]
+        return [replace(prompt, id=f"{number:05d}") for number, prompt in enumerate(prompts)]
     _, texts = heldout(run)
     return [Prompt(text["caption"], f"{row:05d}", text["meta"]) for row, text in texts.items()]

@@ -7,9 +7,8 @@ from json import dumps, loads
 import torch
 from diffusers import AutoencoderKL
 
-from data.encoded import encoding_of_shards
 from data.errors import DataError
-from data.shard_patterns import expand
+from data.sources import encoding_of_training, names_prompts
 from models.architecture import Architecture
 from models.profile import PeakMemory, count_flops
 from models.sampler import VAE_PIXELS
@@ -32,9 +31,21 @@ def encodes_images(settings: RunSettings) -> bool:
     if settings.data.cached == "off":
         return True
     try:
-        return encoding_of_shards(expand(settings.data.train, "data.train")) is None
+        return encoding_of_training(settings.data) is None
     except DataError:
         return True
+
+
+def reads(settings: RunSettings, stage: str) -> str:
+    """What a stage reads from `data.train`. Raises DataError if that names prompts alone, and the stage needs images."""
+    if stage != "backtrack" or not settings.gan.enabled:
+        return "captions only: a file of prompts suffices"
+    if names_prompts(settings.data.train, "data.train"):
+        raise DataError(
+            f"data.train={settings.data.train} holds prompts alone, but the GAN term needs images: name shards of captioned "
+            "images, or set gan.enabled=false"
+        )
+    return "captions, and images or latents for the GAN term"
 
 
 def images_per_call(resolution: int, micro: int) -> int:

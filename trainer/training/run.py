@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from data.prompt_dataset import PromptDataset
 from data.shard_dataset import ShardDataset
-from data.shard_patterns import expand, not_read
+from data.sources import open_dataset
 from models.families import family_of
 from models.lora import check_targets
 from models.noise import SampleNoise
@@ -101,14 +102,10 @@ class Run:
         """Per-sample noise; every stage draws from streams of its own name."""
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
 
-    def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset:
+    def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset | PromptDataset:
         """The samples of `data.train`, `data.heldout` or `data.labelled`. want: what to read of them, see ShardDataset.
         Raises DataError."""
-        data = self.settings.data
-        paths = expand(getattr(data, split), f"data.{split}")
-        dataset = ShardDataset(paths, data.resolution, want, self.settings.seed, **data.keys)
-        dataset.rejected += not_read(getattr(data, split), f"data.{split}")
-        return dataset
+        return open_dataset(self.settings.data, split, want, self.settings.seed)
 
     def sampler(self, pipeline: Path, dtype: torch.dtype | None = None) -> Sampler:
         """The sampler of a pipeline folder. dtype: of the text encoders (default: the run's)."""

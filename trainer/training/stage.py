@@ -60,7 +60,7 @@ class Stage(ABC):
         set_tf32(run.settings.network.tf32)
         set_deterministic(run.settings.network.deterministic)
         if self.dataset.rejected:
-            log.warning(f"{name}: skips samples of the shards: {dict(self.dataset.rejected)}")
+            log.warning(f"{name}: skips samples of data.train: {dict(self.dataset.rejected)}")
 
     def _identity(self) -> dict:
         # These may change between a run and its resumption: how long it trains, what it shows, and how it is spread over
