@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from data.paths import PathTexts
+from data.paths import PathText, PathTexts
 
 
 class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
@@ -12,7 +12,20 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
 
     train: PathTexts = ""
     """training data: shards as a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these; or
-    prompts alone, where no images are needed: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or several"""
+    prompts alone, where no images are needed: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or several; or shards at
+    s3://, http(s)://, hf:// or pipe: (docs/data.md)"""
+    weights: list[float] = []
+    """how often samples are drawn from each entry of `train`, relative to each other (default: in proportion to their samples)"""
+    cache_dir: PathText = ""
+    """local folder that shards at URLs are copied to before training, to be read exactly; empty streams them"""
+    cache_gb: float = Field(0, ge=0)
+    """size in GB that these copies may have, on each node (0: what the disk holds)"""
+    retry_seconds: float = Field(300, ge=0)
+    """how long an interrupted read from a URL is tried again before its shard is given up"""
+    shuffle_buffer: int = Field(1000, ge=1)
+    """undecoded samples that a loader process of a stream holds to shuffle them"""
+    max_rejected: float = Field(0.5, ge=0, le=1)
+    """share of unusable samples at which training stops, once there were a thousand samples"""
     heldout: PathTexts = ""
     """held-out shards that evaluation compares with, or prompts that it uses, named in the same ways"""
     labelled: PathTexts = ""

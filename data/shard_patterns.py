@@ -50,8 +50,6 @@ def expand_braces(patterns: str | list[str], setting: str) -> list[str]:
 
 
 def _braces(pattern: str, setting: str) -> list[str]:
-    if pattern.startswith("pipe:"):  # braces of a shell command are the shell's
-        return [pattern]
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:

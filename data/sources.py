@@ -1,34 +1,82 @@
-"""What `data.train`, `data.heldout` and `data.labelled` name: shards or files of prompts."""
+"""What `data.train`, `data.heldout` and `data.labelled` name: local shards, shards at URLs, or files of prompts."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from data.encoded import encoding_of_shards
 from data.errors import DataError
+from data.loader import Batches
+from data.mixture import MixedDataset
 from data.prompt_dataset import PromptDataset
 from data.prompts import READERS
 from data.settings import DataSettings
+from data.shard_cache import copy_shards
 from data.shard_dataset import ShardDataset
 from data.shard_patterns import expand, expand_braces, not_read
+from data.streams import StreamBatches, StreamDataset, first_encoding
+from data.url_patterns import expand_url, is_url
 
 PROMPTS = tuple(suffix for suffix in READERS if suffix != ".pkl")  # of files that are prompts alone
+Source = ShardDataset | PromptDataset | MixedDataset | StreamDataset
 
 
-def open_dataset(data: DataSettings, split: str, want: Collection[str], seed: int) -> ShardDataset | PromptDataset:
-    """The samples of `data.train`, `data.heldout` or `data.labelled` (the `split`). want: as in ShardDataset. Raises
-    DataError."""
+def open_dataset(
+    data: DataSettings, split: str, want: Collection[str], seed: int, say: Callable[[str], None] = print
+) -> Source:
+    """The samples of `data.train`, `data.heldout` or `data.labelled` (the `split`). want: as in ShardDataset. say: is told
+    the progress of copying. Raises DataError."""
     setting, named = f"data.{split}", getattr(data, split)
-    if names_prompts(named, setting):
-        return PromptDataset(expand(named, setting), want, seed, data.caption_field)
-    dataset = ShardDataset(expand(named, setting), data.resolution, want, seed, **data.keys)
-    dataset.rejected += not_read(named, setting)
+    entries = [entry for entry in ([named] if isinstance(named, str) else named) if entry]
+    weights = data.weights if split == "train" else []
+    if weights and (len(weights) != len(entries) or min(weights) <= 0):
+        raise DataError(
+            f"data.weights has {len(weights)} weights for the {len(entries)} entries of data.train: give each entry one, greater "
+            "than 0"
+        )
+    if any(map(is_url, entries)) and not data.cache_dir:
+        if split != "train":
+            raise DataError(
+                f"{setting}: {entries[0]} is read at random, which a stream cannot: set data.cache_dir, or copy it"
+            )
+        return StreamDataset([_urls(entry, setting) for entry in entries], want, seed, data)
+    groups = [[entry] for entry in entries] if weights else [entries]
+    datasets = [_local(group, setting, data, want, seed, say) for group in groups]
+    return MixedDataset(datasets, weights, seed) if weights else datasets[0]
+
+
+def _local(
+    entries: list[str], setting: str, data: DataSettings, want: Collection[str], seed: int, say: Callable[[str], None]
+) -> ShardDataset | PromptDataset:
+    if names_prompts(entries, setting):
+        return PromptDataset(expand(entries, setting), want, seed, data.caption_field)
+    paths = [entry for entry in entries if not is_url(entry)]
+    shards = expand(paths, setting) if paths or not entries else []
+    urls = [url for entry in entries if is_url(entry) for url in _urls(entry, setting)]
+    if urls:
+        shards += copy_shards(urls, Path(data.cache_dir), data.cache_gb, data.retry_seconds, say)
+    dataset = ShardDataset(shards, data.resolution, want, seed, **data.keys)
+    dataset.rejected += not_read(paths, setting)
     return dataset
 
 
+def _urls(entry: str, setting: str) -> list[str]:
+    """The URLs of an entry; of a path, the absolute paths, which cannot be taken for URLs."""
+    if not is_url(entry):
+        return [str(path.absolute()) for path in expand(entry, setting)]
+    return [url for text in expand_braces(entry, setting) for url in expand_url(text, setting)]
+
+
+def open_batches(dataset: Source, *place: object) -> Batches | StreamBatches:
+    """One rank's micro-batches of a dataset; the other arguments are those of Batches."""
+    return StreamBatches(dataset, *place) if isinstance(dataset, StreamDataset) else Batches(dataset, *place)
+
+
 def names_prompts(named: str | list[str], setting: str) -> bool:
-    """Whether these are files of prompts alone. Raises DataError if only some are."""
+    """Whether these are files of prompts alone. Raises DataError if only some are, or if they are not on a disk."""
     entries = expand_braces(named, setting)
-    prompts = [entry for entry in entries if Path(entry).suffix.lower() in PROMPTS]
+    prompts = [entry for entry in entries if Path(entry).suffix.lower() in PROMPTS and not entry.startswith("pipe:")]
+    if remote := [entry for entry in prompts if is_url(entry)]:
+        raise DataError(f"{setting}: {remote[0]}: prompts are read from a disk: copy the file, and name the copy")
     if prompts and len(prompts) < len(entries):
         raise DataError(
             f"{setting} mixes prompts alone ({prompts[0]}) with shards: name files of prompts, or shards, not both"
@@ -39,6 +87,9 @@ def names_prompts(named: str | list[str], setting: str) -> bool:
 def encoding_of_training(data: DataSettings) -> dict | None:
     """How the samples of `data.train` are encoded, from the first one; None for plain images and for prompts alone. Raises
     DataError."""
-    if names_prompts(data.train, "data.train"):
+    entries = [data.train] if isinstance(data.train, str) else data.train
+    if names_prompts(entries, "data.train"):
         return None
+    if any(map(is_url, entries)):
+        return first_encoding([_urls(entry, "data.train") for entry in entries if entry], data)
     return encoding_of_shards(expand(data.train, "data.train"))

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from data.prompt_dataset import PromptDataset
-from data.shard_dataset import ShardDataset
+from data.sources import Source
 from models.sampler import ImageNoise, Sampler
 from trainer.distributed.world import gather_rows
 from trainer.training.run import Run
@@ -17,7 +16,7 @@ IMAGES = 32
 
 def preview_grid(
     run: Run,
-    dataset: ShardDataset | PromptDataset,
+    dataset: Source,
     sampler: Sampler,
     micro: int,
     make: Callable[[list[str], ImageNoise], Tensor],

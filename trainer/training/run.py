@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from data.prompt_dataset import PromptDataset
-from data.shard_dataset import ShardDataset
-from data.sources import open_dataset
+from data.sources import Source, open_dataset
 from models.families import family_of
 from models.lora import check_targets
 from models.noise import SampleNoise
@@ -26,7 +24,7 @@ from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.checkpoint.files import write_text
 from trainer.config.schema import RunSettings
 from trainer.distributed.lock import LOCK
-from trainer.distributed.logs import start_log
+from trainer.distributed.logs import log, start_log
 from trainer.distributed.world import World, barrier, from_main, locked_for
 from trainer.errors import UserError
 from trainer.training.hub import local_pipeline
@@ -102,10 +100,10 @@ class Run:
         """Per-sample noise; every stage draws from streams of its own name."""
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
 
-    def dataset(self, split: str, want: tuple[str, ...]) -> ShardDataset | PromptDataset:
+    def dataset(self, split: str, want: tuple[str, ...]) -> Source:
         """The samples of `data.train`, `data.heldout` or `data.labelled`. want: what to read of them, see ShardDataset.
         Raises DataError."""
-        return open_dataset(self.settings.data, split, want, self.settings.seed)
+        return open_dataset(self.settings.data, split, want, self.settings.seed, log.info)
 
     def sampler(self, pipeline: Path, dtype: torch.dtype | None = None) -> Sampler:
         """The sampler of a pipeline folder. dtype: of the text encoders (default: the run's)."""

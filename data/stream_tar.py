@@ -1,0 +1,111 @@
+"""Samples of a tar that is read once, from its start to its end.
+
+As strict as `tar_members`, which webdataset's own reader is not: it takes a damaged header for the end, and completes the last
+sample of a truncated tar from the next one. Here a sample is complete when another one or the end mark follows it.
+"""
+
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+from data.shard_index import EMPTY, NAME
+
+MAX_MEMBER = 1 << 30  # bytes
+MAX_HEADER = 1 << 20  # bytes of a long name or of PAX records
+DAMAGED = "truncated or damaged shard"
+TRAILING = "shard with data after its end mark"
+LINKS = "shard with links or sparse files"
+REPEATED = "two members of one name"
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class DamagedShard(Exception):
+    """The rest of a shard cannot be used; the message is the reason under which it is counted."""
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A tar header. tarfile would take a damaged or missing one for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictHeader":
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise DamagedShard(DAMAGED) from error
+        if header.type in HEADERS and header.size > MAX_HEADER:
+            raise DamagedShard(DAMAGED)
+        return header
+
+
+class _Bytes:
+    """A stream, and how many bytes were read of it."""
+
+    def __init__(self, stream: io.IOBase):
+        self._stream, self.count = stream, 0
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.count += len(data)
+        return data
+
+
+def tar_samples(
+    stream: io.IOBase, skipped: Counter[str], keep: Collection[str] | None = None
+) -> Iterator[dict[str, str | bytes]]:
+    """The samples of a tar: {"__key__": key, extension: bytes, ...}, extensions in lower case, their members adjacent.
+
+    skipped: counts what is left out. keep: the extensions to read (default: all). Raises DamagedShard after the last
+    complete sample, and what the stream raises.
+    """
+    source, sample, names = _Bytes(stream), {}, set()
+    try:
+        with tarfile.open(fileobj=source, mode="r|", tarinfo=_StrictHeader) as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # would grow for ever
+                if member.islnk() or member.issym() or member.issparse():
+                    raise DamagedShard(LINKS)
+                if not member.isfile() or not (match := NAME.fullmatch(member.name)):
+                    continue
+                key, extension = match[1], match[2].lower()
+                if sample and key != sample["__key__"]:
+                    yield from _complete(sample, names, skipped)
+                    sample, names = {}, set()
+                sample["__key__"] = key
+                if extension in names:
+                    sample["__repeated__"] = True
+                names.add(extension)
+                if (keep is None or extension in keep) and member.size <= MAX_MEMBER:
+                    sample[extension] = archive.extractfile(member).read()
+            if sample:
+                yield from _complete(sample, names, skipped)
+                sample = {}
+            while rest := archive.fileobj.read(1 << 16):
+                if any(rest):
+                    raise DamagedShard(TRAILING)
+    except (DamagedShard, tarfile.TarError, EOFError) as error:
+        if source.count == 0:
+            skipped[EMPTY] += 1
+        else:
+            raise DamagedShard(str(error) if isinstance(error, DamagedShard) else DAMAGED) from error
+
+
+def _complete(sample: dict, names: set[str], skipped: Counter[str]) -> Iterator[dict]:
+    if "__repeated__" in sample:
+        skipped[REPEATED] += 1
+    else:
+        yield sample | {"__names__": names}
+
+
+def hidden_samples(names: Collection[str], image: list[str], caption: list[str]) -> int:
+    """How many samples of their own a sample hides behind dots in their names (see shard_index.DOTTED)."""
+    middles = {name.rpartition(".")[0] for name in names} - {""}
+    return sum(all(any(f"{middle}.{end}" in names for end in ends) for ends in (image, caption)) for middle in middles)
