@@ -17,6 +17,8 @@ from data.sampling_order import SampleOrder
 from data.settings import DataSettings
 from data.shard_index import EMPTY, load_index, usable_rows
 
+LARGEST = {"caption": 1 << 22, "meta": 1 << 24}  # bytes that are read of a sample; of the other members MAX_MEMBER
+MAX_MEMBER = 1 << 30
 GIVE_UP = 100  # consecutive unusable samples: then the data set is broken, not a sample
 OPEN_FILES = 128  # shards open at a time per process; the usual limit on open files is 1024
 DEFAULTS = DataSettings()
@@ -24,6 +26,12 @@ DEFAULTS = DataSettings()
 
 class SampleError(Exception):
     """An unusable sample; the message is the reason under which it is counted."""
+
+
+def check_size(what: str, size: int) -> None:
+    """Raises SampleError for a member of more bytes than is read of what it is ("caption", "meta", ...)."""
+    if size > LARGEST.get(what, MAX_MEMBER):
+        raise SampleError(f"{what} of more than {LARGEST.get(what, MAX_MEMBER) >> 20} MiB")
 
 
 class ShardDataset(Dataset):
@@ -132,6 +140,7 @@ class ShardDataset(Dataset):
         if what not in self._places or self._places[what][row, 1] <= 0:
             return b""
         offset, size = self._places[what][row].tolist()
+        check_size(what, size)
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
         try:
             raw = os.pread(self._open(shard), size, offset)

@@ -10,60 +10,53 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from data.shard_index import EMPTY, NAME
+from data.tar_members import BoundedHeader
 
-MAX_MEMBER = 1 << 30  # bytes
-MAX_HEADER = 1 << 20  # bytes of a long name or of PAX records
 DAMAGED = "truncated or damaged shard"
 TRAILING = "shard with data after its end mark"
 LINKS = "shard with links or sparse files"
 REPEATED = "two members of one name"
-HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
 
 
 class DamagedShard(Exception):
     """The rest of a shard cannot be used; the message is the reason under which it is counted."""
 
 
-class _StrictHeader(tarfile.TarInfo):
+class _StrictHeader(BoundedHeader):
     """A tar header. tarfile would take a damaged or missing one for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictHeader":
         try:
-            header = super().frombuf(buf, encoding, errors)
+            return super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:
             raise DamagedShard(DAMAGED) from error
-        if header.type in HEADERS and header.size > MAX_HEADER:
-            raise DamagedShard(DAMAGED)
-        return header
 
 
 class _Bytes:
     """A stream, and how many bytes were read of it."""
 
     def __init__(self, stream: io.IOBase):
-        self._stream, self.count = stream, 0
+        self._stream, self.count, self._ended = stream, 0, 0
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self.count += len(data)
+        self._ended += not data
+        if self._ended > 9:  # tarfile would go on to the end of a member that claims petabytes
+            raise DamagedShard(DAMAGED)
         return data
 
 
 def tar_samples(
-    stream: io.IOBase, skipped: Counter[str], keep: Collection[str] | None = None
+    stream: io.IOBase, skipped: Counter[str], keep: Collection[str] | None = None, largest: int = 1 << 30
 ) -> Iterator[dict[str, str | bytes]]:
     """The samples of a tar: {"__key__": key, extension: bytes, ...}, extensions in lower case, their members adjacent.
 
-    skipped: counts what is left out. keep: the extensions to read (default: all). Raises DamagedShard after the last
+    skipped: counts what is left out. keep: the extensions to read (default: all). largest: a member of more bytes is not read,
+    as if it were missing. Raises DamagedShard after the last
     complete sample, and what the stream raises.
     """
     source, sample, names = _Bytes(stream), {}, set()
@@ -83,7 +76,7 @@ def tar_samples(
                 if extension in names:
                     sample["__repeated__"] = True
                 names.add(extension)
-                if (keep is None or extension in keep) and member.size <= MAX_MEMBER:
+                if (keep is None or extension in keep) and member.size <= largest:
                     sample[extension] = archive.extractfile(member).read()
             if sample:
                 yield from _complete(sample, names, skipped)

@@ -18,7 +18,7 @@ from data.rejects import ENOUGH, RETRIED, reasons
 from data.remote_files import CannotRead, open_url
 from data.sampling_order import BatchSplit
 from data.settings import DataSettings
-from data.shard_dataset import SampleError, ShardDataset
+from data.shard_dataset import SampleError, ShardDataset, check_size
 from data.shard_index import DOTTED
 from data.stream_tar import DamagedShard, hidden_samples, tar_samples
 
@@ -60,7 +60,9 @@ class StreamDataset(ShardDataset):
         return self._raw["__url__"], self._raw["__key__"]
 
     def _read(self, row: int, what: str) -> bytes:
-        return next((self._raw[end] for end in self._places.get(what, ()) if self._raw.get(end)), b"")
+        raw = next((self._raw[end] for end in self._places.get(what, ()) if self._raw.get(end)), b"")
+        check_size(what, len(raw))
+        return raw
 
     def decode(self, raw: dict) -> dict:
         """A raw sample as from `read`. Raises SampleError."""

@@ -260,3 +260,13 @@ def test_both_ways_read_the_same_samples(shards):
         assert torch.equal(mine.pop("image"), theirs.pop("image"))
         assert {**mine, "position": row, "skipped": {}} == theirs
     assert isinstance(open_batches(exact, BatchSplit(1, 2), 0), Batches)
+
+
+def test_no_file_name_is_a_command(shards, tmp_path, monkeypatch):
+    """Commands come from the settings alone: a local shard among URLs is opened by its absolute path."""
+    monkeypatch.chdir(tmp_path)
+    tar = shards(10, folder="plain")[0]
+    tar.with_name("pipe:touch ran;.tar").write_bytes(tar.read_bytes())
+    monkeypatch.chdir(tar.parent)
+    found = read(stream("*.tar", f"pipe:cat {tar}"), 20)
+    assert nearly_all(found, 10) and not (tar.parent / "ran").exists()
