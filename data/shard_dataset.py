@@ -156,6 +156,10 @@ class ShardDataset(Dataset):
             )
         return raw
 
+    def read_member(self, row: int, what: str) -> bytes:
+        """The undecoded bytes of a row's "image", "caption", "meta" or "tensors"; empty if it has none. Raises as `read`."""
+        return self._read(row, what)
+
     def read_text(self, row: int) -> dict:
         """A row's key, caption and meta. Raises SampleError if the sample is broken, DataError if its shard is."""
         try:
