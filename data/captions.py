@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from data.errors import DataError
 
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list"}
+LONGEST = 100_000  # characters; tokenizers take seconds for more
 SEVERAL_CAPTIONS = "several captions in the captions file"
 SHARED_NAME = "in the captions file by a bare name that several images have"
 
@@ -30,6 +31,8 @@ def clean_caption(value: object) -> str:
         raise ValueError("empty caption")
     if "\0" in text:
         raise ValueError("caption has a NUL character")
+    if len(text) > LONGEST:
+        raise ValueError(f"caption of more than {LONGEST:,} characters")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

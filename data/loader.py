@@ -83,7 +83,7 @@ class Batches:
             # A generator of its own: otherwise the loader draws a seed from the global one, and a resumed run differs.
             generator=torch.Generator().manual_seed(0),
         )
-        with _stop_signals_blocked():
+        with stop_signals_blocked():
             self._batches: Iterator[dict | DataError] | None = iter(loader)
 
     def __iter__(self) -> Batches:
@@ -122,7 +122,7 @@ class _PositionSampler:
 
 
 @contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """Blocks STOP_SIGNALS while loader processes start; they inherit the mask and so never see one.
 
     A signal to the whole process group (Ctrl-C, preemption) is for the trainer, which still reads until it has saved; a

@@ -37,6 +37,14 @@ def read_prompts(file: Path, key: str = "") -> list[Prompt]:
     key: the field or column of the captions (default: prompt, caption or text, whichever comes first); other formats
     ignore it. Raises DataError naming the file, the line and the key if there is nothing else to read a caption from.
     """
+    found = list(iterate_prompts(file, key))
+    if not found:
+        raise DataError(f"{NONE}: {file} has none: write captions into it, or name another file")
+    return found
+
+
+def iterate_prompts(file: Path, key: str = "") -> Iterator[Prompt]:
+    """What `read_prompts` returns, one by one, for files whose prompts would not fit into memory as objects."""
     file = Path(file).expanduser()
     suffix = file.suffix.lower()
     try:
@@ -44,19 +52,15 @@ def read_prompts(file: Path, key: str = "") -> list[Prompt]:
     except OSError as error:
         raise DataError(f"prompts {file}: {error.strerror}: check the path") from error
     if file.is_dir():
-        return _read_folder(file)
+        yield from _read_folder(file)
+        return
     if suffix not in READERS:
         known = ", ".join(READERS)
         raise DataError(
             f"prompts {file}: unknown format {suffix or '(no extension)'}: use {known}, or a folder of .txt"
         )
-    found = [
-        Prompt(_caption(caption, file, where), f"{number:05d}", meta)
-        for number, (caption, meta, where) in enumerate(READERS[suffix](file, key))
-    ]
-    if not found:
-        raise DataError(f"{NONE}: {file} has none: write captions into it, or name another file")
-    return found
+    for number, (caption, meta, where) in enumerate(READERS[suffix](file, key)):
+        yield Prompt(_caption(caption, file, where), f"{number:05d}", meta)
 
 
 # What readers yield: a caption, still to be checked, its meta, and where it stands, for messages.

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from data.buckets import Size, auto_shapes, check_shapes
 from data.filters import Filter
-from data.paths import PathTexts
+from data.paths import PathText, PathTexts
 from data.selection import Selection
 
 
@@ -14,9 +14,23 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """Which samples are read, and how."""
 
     train: PathTexts = ""
-    """training shards: a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these"""
+    """training data: shards as a folder, a glob, a brace pattern such as a-{000000..000011}.tar, or a list of these; or
+    prompts alone, where no images are needed: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or several; or shards at
+    s3://, http(s)://, hf:// or pipe: (docs/data.md)"""
+    weights: list[float] = []
+    """how often samples are drawn from each entry of `train`, relative to each other (default: in proportion to their samples)"""
+    cache_dir: PathText = ""
+    """local folder that shards at URLs are copied to before training, to be read exactly; empty streams them"""
+    cache_gb: float = Field(0, ge=0)
+    """size in GB that these copies may have, on each node (0: what the disk holds)"""
+    retry_seconds: float = Field(300, ge=0)
+    """how long an interrupted read from a URL is tried again before its shard is given up"""
+    shuffle_buffer: int = Field(1000, ge=1)
+    """undecoded samples that a loader process of a stream holds to shuffle them"""
+    max_rejected: float = Field(0.5, ge=0, le=1)
+    """share of unusable samples at which training stops, once there were a thousand samples"""
     heldout: PathTexts = ""
-    """held-out shards that evaluation compares with, named in the same ways"""
+    """held-out shards that evaluation compares with, or prompts that it uses, named in the same ways"""
     labelled: PathTexts = ""
     """shards that the classifier of a demo's scores is trained on (default: those of `train`)"""
     resolution: int = Field(1024, ge=8)
@@ -44,7 +58,8 @@ class DataSettings(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """file extension of captions"""
     caption_field: str | dict[str, float] = ""
     """field of each sample's .json that holds its caption (default: captions are files of their own, see `caption_key`); or
-    several with their weights, {caption: 1, blip: 3, txt: 1}, of which each step draws one (`caption_key` names the file)"""
+    several with their weights, {caption: 1, blip: 3, txt: 1}, of which each step draws one (`caption_key` names the file); of
+    a file of prompts: the field or column (default: prompt, caption or text)"""
     cached: Literal["auto", "off", "require"] = "auto"
     """encoded shards (`disback shards --encode`): "auto" trains on their latents and text if `train` names such shards,
     "require" refuses to train without everything that the stage can use, "off" reads captions and images only"""

@@ -24,6 +24,8 @@ from data.selection import Selection
 from data.settings import DataSettings
 from data.shard_index import EMPTY, load_index, usable_rows
 
+LARGEST = {"caption": 1 << 22, "meta": 1 << 24}  # bytes that are read of a sample; of the other members MAX_MEMBER
+MAX_MEMBER = 1 << 30
 GIVE_UP = 100  # consecutive unusable samples: then the data set is broken, not a sample
 OPEN_FILES = 128  # shards open at a time per process; the usual limit on open files is 1024
 DEFAULTS = DataSettings()
@@ -32,6 +34,12 @@ NO_SELECTION = Selection()
 
 class SampleError(Exception):
     """An unusable sample; the message is the reason under which it is counted."""
+
+
+def check_size(what: str, size: int) -> None:
+    """Raises SampleError for a member of more bytes than is read of what it is ("caption", "meta", ...)."""
+    if size > LARGEST.get(what, MAX_MEMBER):
+        raise SampleError(f"{what} of more than {LARGEST.get(what, MAX_MEMBER) >> 20} MiB")
 
 
 class ShardDataset(Dataset):
@@ -156,6 +164,7 @@ class ShardDataset(Dataset):
         if what not in self._places or self._places[what][row, 1] <= 0:
             return b""
         offset, size = self._places[what][row].tolist()
+        check_size(what, size)
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
         try:
             raw = os.pread(self._open(shard), size, offset)
@@ -170,6 +179,10 @@ class ShardDataset(Dataset):
                 f"shard {path} ends inside key {key}: it changed during the run: restore it and start again"
             )
         return raw
+
+    def read_member(self, row: int, what: str) -> bytes:
+        """The undecoded bytes of a row's "image", "caption", "meta" or "tensors"; empty if it has none. Raises as `read`."""
+        return self._read(row, what)
 
     def read_text(self, row: int, position: int | None = None) -> dict:
         """A row's key, caption and meta; of several captions that of a global position (default: the row's number). Raises

@@ -39,9 +39,14 @@ def not_read(patterns: str | list[str], setting: str = "shards") -> Counter[str]
 
 
 def _paths(patterns: str | list[str], setting: str) -> Iterator[Path]:
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for text in _braces(pattern, setting) if pattern else []:
-            yield Path(text)
+    return map(Path, expand_braces(patterns, setting))
+
+
+def expand_braces(patterns: str | list[str], setting: str) -> list[str]:
+    """The patterns without their braces, in their order; empty ones are left out. Raises DataError if braces are
+    unbalanced."""
+    given = [patterns] if isinstance(patterns, str) else patterns
+    return [text for pattern in given if pattern for text in _braces(pattern, setting)]
 
 
 def _braces(pattern: str, setting: str) -> list[str]:

@@ -10,7 +10,22 @@ from pathlib import Path
 from data.errors import DataError
 
 BLOCK = 512
+MAX_HEADER = 1 << 20  # bytes of a long name or of PAX records, which tarfile reads at once
+LONG_HEADERS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+)  # fmt: skip
 ADVICE = "copy it again from its source or rebuild it with `disback shards`"
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """A tar header that claims no name of gigabytes."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "BoundedHeader":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in LONG_HEADERS and header.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a name of {header.size} bytes")
+        return header
 
 
 def members(tar: Path) -> list[tuple[str, int, int]]:
@@ -24,7 +39,7 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
         total = tar.stat().st_size
         if not total:
             return found
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", tarinfo=BoundedHeader) as archive:
             position = 0
             while (member := _next(archive, tar, position, found)) is not None:
                 if max(member.offset_data + member.size, archive.offset) > total:

@@ -5,7 +5,9 @@ import string
 from functools import cache
 from pathlib import Path
 
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import AutoTokenizer, CLIPTokenizer, T5Tokenizer
+
+from models.errors import ModelError
 
 VOCABULARY = 49408  # 256 bytes + 256 bytes that end a word + 48,894 merges + start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -40,6 +42,25 @@ def clip_tokenizer(max_length: int, pad_token: str = END) -> CLIPTokenizer:
     if len(tokenizer) != VOCABULARY:  # with unexpected arguments, transformers silently builds a two-word tokenizer
         raise RuntimeError(f"CLIP tokenizer has {len(tokenizer)} entries instead of {VOCABULARY}")
     return tokenizer
+
+
+class TokenCounter:
+    """Counts the tokens of captions, by the tokenizer of a pipeline folder that makes the most of them.
+
+    limit: tokens that every text encoder of the pipeline reads; the rest of a caption is cut.
+    """
+
+    def __init__(self, pipeline: Path):
+        """Raises ModelError if the folder has no tokenizer."""
+        folders = sorted(folder for folder in pipeline.glob("tokenizer*") if folder.is_dir())
+        if not folders:
+            raise ModelError(f"{pipeline} has no tokenizer: name a pipeline folder")
+        self._tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+        self.limit = min(tokenizer.model_max_length for tokenizer in self._tokenizers)
+
+    def __call__(self, caption: str) -> int:
+        """Tokens of a caption, start and end included."""
+        return max(len(tokenizer(caption, verbose=False).input_ids) for tokenizer in self._tokenizers)
 
 
 def letter_tokenizer(max_length: int) -> T5Tokenizer:

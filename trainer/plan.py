@@ -40,7 +40,7 @@ def _stage_table(name: str, stage: dict, plan: dict) -> list[str]:
     head = "".join(f"{kind:>12}" for kind in COLUMNS)
     lines = [
         "",
-        f"{name}: {stage['micro_batch']} samples per micro-batch; GB per GPU",
+        f"{name}: {stage['micro_batch']} samples per micro-batch; reads {stage['reads']}; GB per GPU",
         f"  {'role':20}{'ZeRO':>5}{head}",
     ]
     for role, sizes in stage["roles"].items():

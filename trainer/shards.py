@@ -3,6 +3,8 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -63,18 +65,73 @@ def index(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> None:
     from data.validate import validate as check
 
-    report = check(expand(args.validate, "--validate"), args.decode, _data_settings(args))
+    paths, settings = expand(args.validate, "--validate"), _data_settings(args)
+    if args.repair:
+        _repair(args, paths, settings)
+        return
+    tokens = _token_counter(args)
+    report = check(paths, args.decode, settings, args.processes, tokens or len)
     print(
         f"{report['shards']} shards, {report['samples']} usable samples, {report['bytes'] / 1e6:.1f} MB, captions "
         f"of {report['caption_mean_length']:.0f} characters; rejected: {report['rejects'] or 'none'}"
     )
     if report["empty"]:
         print(f"empty shards: {', '.join(report['empty'])}")
+    _print_table(report, "tokens" if tokens else "characters", tokens.limit if tokens else 0)
     _tell_not_read(args.validate)
     if report["broken"]:
         raise UserError("; ".join(report["broken"].values()))
     if not report["samples"]:
         raise UserError(f"--validate {args.validate}: no usable sample: build the shards again")
+    lost, limit = sum(report["rejects"].values()), settings.max_rejected
+    if lost > limit * (lost + report["samples"]):
+        raise UserError(
+            f"--validate {args.validate}: {lost} of {lost + report['samples']} samples are unusable: see above"
+        )
+
+
+def _print_table(report: dict, unit: str, limit: int) -> None:
+    """The report's counts, a line each. limit: tokens that the text encoders read, 0 if unknown."""
+    for title, counts in (
+        ("rejected, by reason", dict(sorted(report["rejects"].items(), key=lambda item: -item[1]))),
+        ("short side in pixels", report["sizes"]),
+        ("width : height", report["aspects"]),
+    ):
+        if counts:
+            print(f"{title}:")
+            for name, count in counts.items():
+                print(f"  {count:>12,}  {name}")
+    lengths = report["caption_lengths"]
+    if lengths:
+        shown = ", ".join(f"{share:.0%} up to {_quantile(lengths, share)}" for share in (0.5, 0.95, 1.0))
+        over = sum(count for length, count in lengths.items() if length > limit)
+        print(f"captions in {unit}: {shown}" + (f"; {over} exceed the encoders' {limit} and are cut" if limit else ""))
+
+
+def _quantile(lengths: dict[int, int], share: float) -> int:
+    """The length that this share of the captions does not exceed."""
+    reached, wanted = accumulate(lengths.values()), share * sum(lengths.values())
+    return next(length for length, count in zip(lengths, reached, strict=True) if count >= wanted)
+
+
+def _token_counter(args: argparse.Namespace) -> Callable[[str], int] | None:
+    if not args.pipeline:
+        return None
+    from models.tokenizer import TokenCounter
+
+    return TokenCounter(args.pipeline)
+
+
+def _repair(args: argparse.Namespace, paths: list[Path], settings: DataSettings) -> None:
+    from data.repair import repair
+
+    copies = repair(paths, args.repair, settings, args.processes)
+    for path, (count, left_out) in copies.items():
+        print(
+            f"{path} -> {args.repair / path.name if count else 'nothing'}: {count} samples; left out: {left_out or 'none'}"
+        )
+    if not any(count for count, _ in copies.values()):
+        raise UserError(f"--repair {args.repair}: no usable sample in these shards: build them again")
 
 
 def _data_settings(args: argparse.Namespace) -> DataSettings:
@@ -196,6 +253,10 @@ def _parser() -> Parser:
         help="folder to write into (default for --emoji and --digits: shards/emoji, shards/digits)",
     )
     parser.add_argument("--per-shard", type=int, default=1000, help="samples per shard (default 1000)")
+    parser.add_argument(
+        "--repair", type=path_argument, metavar="OUT", help="with --validate: write clean copies of the shards into OUT"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="with --validate: how many read shards (default 1)")
     parser.add_argument("--decode", action="store_true", help="with --validate: decode every image too")
     reading = parser.add_argument_group("with --validate and --encode, as in the data settings of a run")
     reading.add_argument(
@@ -253,6 +314,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def go() -> None:
         args = _parser().parse_args(argv)
+        if args.processes < 1:
+            raise UserError(f"--processes {args.processes}: must be at least 1")
+        if args.repair and not args.validate:
+            raise UserError("--repair OUT goes with --validate SHARDS")
         if args.captions and not args.images:
             raise UserError("--captions FILE goes with --images DIR")
         reading = (*DATA_OPTIONS, "config")

@@ -120,7 +120,7 @@ def test_files_in_other_encodings(tmp_path):
 
 # Settings that a person may write a path into. A new one belongs here, and its type is PathText.
 PATHS = (
-    "run pipeline path generator_start data.train data.heldout data.labelled pretrain.start pretrain.ds_config "
+    "run pipeline path generator_start data.train data.heldout data.labelled data.cache_dir pretrain.start pretrain.ds_config "
     "record.ds_config record.teacher_ds_config backtrack.teacher_ds_config backtrack.generator_ds_config "
     "backtrack.fake_score_ds_config sample.source sample.out export.out report.compare evaluate.what evaluate.clip_pretrained "
     "evaluate.prompts evaluate.reference evaluate.weights evaluate.networks evaluate.cache evaluate.classifier"

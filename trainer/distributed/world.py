@@ -119,21 +119,24 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
+def gather_objects(value: object, world: World) -> list:
+    """Every rank's value of a small picklable object, in rank order. A blocking collective, as `first_problem`."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def first_problem(problem: str | None, world: World) -> str | None:
     """The problem of the lowest rank that has one, on every rank, so that all raise it together and none is left waiting in
     a collective. A blocking collective: not for use in every step."""
-    if world.size == 1:
-        return problem
-    problems: list[str | None] = [None] * world.size
-    dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p), None)
+    return next((p for p in gather_objects(problem, world) if p), None)
 
 
 def node_group(world: World) -> dist.ProcessGroup:
     """Process group of this node's ranks. A node is a run of consecutive ranks whose local ranks count up from 0, as every
     launcher numbers them. Every rank must call it, and equally often."""
-    local_ranks: list[int] = [0] * world.size
-    dist.all_gather_object(local_ranks, world.local_rank)
+    local_ranks: list[int] = gather_objects(world.local_rank, world)
     starts = [rank for rank, local in enumerate(local_ranks) if local == 0]
     nodes = [list(range(a, b)) for a, b in zip(starts, [*starts[1:], world.size], strict=True)]
     if any([local_ranks[rank] for rank in node] != list(range(len(node))) for node in nodes):

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from data.prompts import Prompt, read_prompts
 from data.reference_images import ReferenceImages, is_legacy, read_statistics
 from data.shard_dataset import SampleError, ShardDataset
 from data.shard_patterns import expand
+from data.sources import names_prompts, prompt_field
 from models.image_metrics import Moments, PixelComponents, Statistics
 from trainer.distributed.logs import log
 from trainer.distributed.world import World, from_main, sum_over_ranks
@@ -96,6 +97,11 @@ def heldout(run: Run) -> tuple[ShardDataset, dict[int, dict]]:
         raise UserError(
             "data.heldout is empty: name held-out shards, or set evaluate.prompts and evaluate.reference to captions and "
             "real images"
+        )
+    if names_prompts(run.settings.data.heldout, "data.heldout"):
+        raise UserError(
+            f"data.heldout={run.settings.data.heldout} holds prompts alone, but this evaluation compares with real images: set "
+            "evaluate.reference to them, or name held-out shards"
         )
     prepare_shards(run, "heldout")
     dataset = run.dataset("heldout", ("image", "caption", "meta"))
@@ -183,6 +189,10 @@ def find_prompts(run: Run, protocol: Protocol) -> list[Prompt]:
         raise UserError(
             f"protocol {protocol.name} has prompts of its own: set evaluate.prompts to them ({protocol.about})"
         )
+    if names_prompts(run.settings.data.heldout, "data.heldout"):
+        files = expand(run.settings.data.heldout, "data.heldout")
+        prompts = [prompt for file in files for prompt in read_prompts(file, prompt_field(run.settings.data))]
+        return [replace(prompt, id=f"{number:05d}") for number, prompt in enumerate(prompts)]
     dataset, texts = heldout(run)
     sizes = {row: dataset.size(row) if run.settings.data.buckets else None for row in texts}
     return [Prompt(text["caption"], f"{row:05d}", text["meta"], sizes[row]) for row, text in texts.items()]

@@ -8,10 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from data.buckets import Size
-from data.encoded import encoding_of_shards
 from data.errors import DataError
 from data.settings import DataSettings
-from data.shard_patterns import expand
+from data.sources import encoding_of_training, names_prompts
 from models.architecture import Architecture
 from models.profile import PeakMemory, count_flops
 from models.sampler import VAE_PIXELS
@@ -34,7 +33,7 @@ def encodes_images(settings: RunSettings) -> bool:
     if settings.data.cached == "off":
         return True
     try:
-        return encoding_of_shards(expand(settings.data.train, "data.train")) is None
+        return encoding_of_training(settings.data) is None
     except DataError:
         return True
 
@@ -43,6 +42,18 @@ def largest_size(data: DataSettings) -> Size:
     """Height and width in pixels of the largest images: with aspect-ratio buckets they decide what fits, and the others cost
     hardly less."""
     return max(data.shapes, key=lambda size: size[0] * size[1])
+
+
+def reads(settings: RunSettings, stage: str) -> str:
+    """What a stage reads from `data.train`. Raises DataError if that names prompts alone, and the stage needs images."""
+    if stage != "backtrack" or not settings.gan.enabled:
+        return "captions only: a file of prompts suffices"
+    if names_prompts(settings.data.train, "data.train"):
+        raise DataError(
+            f"data.train={settings.data.train} holds prompts alone, but the GAN term needs images: name shards of captioned "
+            "images, or set gan.enabled=false"
+        )
+    return "captions, and images or latents for the GAN term"
 
 
 def images_per_call(size: Size, micro: int) -> int:

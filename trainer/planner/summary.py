@@ -14,6 +14,7 @@ from models.validate import check_configs, check_sizes
 from trainer.config.schema import RunSettings
 from trainer.errors import UserError
 from trainer.planner.flops import PEAK_TFLOPS, training_passes
+from trainer.planner.images import reads
 from trainer.planner.search import smallest_change, teacher_advice, zero3_note
 from trainer.planner.stages import PLANS, network_flops, role_network
 
@@ -113,6 +114,7 @@ def _stage(settings: RunSettings, architecture: Architecture, cluster: Cluster, 
     seconds = plan.seconds(cluster.speed)
     out = {
         "micro_batch": plan.micro,
+        "reads": reads(settings, stage),
         "roles": {
             name: {kind: getattr(role, kind) / 1e9 for kind in (*KINDS, "state", "host")} | {"zero": role.zero.stage}
             for name, role in plan.roles.items()

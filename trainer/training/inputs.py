@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.encoded import encoding_of_shards
 from data.loader import Batch
 from data.settings import DataSettings
-from data.shard_patterns import expand
+from data.sources import encoding_of_training
 from models.files import read_json
 from models.offload import offload_to_cpu
 from models.pipeline import files_hash, text_encoders, weights_hash
@@ -44,7 +43,7 @@ def choose_inputs(run: Run, images: bool, pipeline: Path) -> tuple[str, ...]:
     data, plain = run.settings.data, ("image", "caption") if images else ("caption",)
     if data.cached == "off":
         return plain
-    record = encoding_of_shards(expand(data.train, "data.train"))
+    record = encoding_of_training(data)
     if record is None:
         if data.cached == "require":
             raise UserError(

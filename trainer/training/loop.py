@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from data.rejects import reasons
 from trainer.checkpoint.save_load import Checkpoints
 from trainer.config.schema import HealthSettings, LoopSettings
 from trainer.distributed.logs import log, take_warnings
@@ -132,6 +133,8 @@ class Loop:
         line["tflops_per_gpu"] = stage.flops / pace / 1e12 if stage.flops else None
         self.saving = None
         self.metrics.line(step, line)
+        if step == stage.steps and line["skipped"]:
+            log.info(f"{stage.name}: skipped samples by reason: {reasons(line['skipped'])}")
         for warning in self.health.observe(line):
             log.warning(f"{stage.name}, step {step}: {warning}")
         self.progress.line(step, line, take_warnings())

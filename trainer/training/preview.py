@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from data.shard_dataset import ShardDataset
+from data.sources import Source
 from models.sampler import ImageNoise, Sampler
 from trainer.distributed.world import gather_rows
 from trainer.training.run import Run
@@ -17,7 +17,11 @@ GREY = 128
 
 
 def preview_grid(
-    run: Run, dataset: ShardDataset, sampler: Sampler, micro: int, make: Callable[[list[str], ImageNoise], Tensor]
+    run: Run,
+    dataset: Source,
+    sampler: Sampler,
+    micro: int,
+    make: Callable[[list[str], ImageNoise], Tensor],
 ) -> Tensor:
     """A uint8 grid [3, H, W] of IMAGES images. Each rank makes its share, a micro-batch at a time: all at once would not
     fit beside the roles.

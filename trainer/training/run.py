@@ -4,7 +4,7 @@ import contextlib
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from data.shard_dataset import ShardDataset
-from data.shard_patterns import expand, not_read
+from data.sources import Source, open_dataset
 from models.families import family_of
 from models.lora import check_targets
 from models.noise import SampleNoise
@@ -25,7 +24,7 @@ from trainer.checkpoint.directory import CheckpointDirectory
 from trainer.checkpoint.files import write_text
 from trainer.config.schema import RunSettings
 from trainer.distributed.lock import LOCK
-from trainer.distributed.logs import start_log
+from trainer.distributed.logs import log, start_log
 from trainer.distributed.world import World, barrier, from_main, locked_for
 from trainer.errors import UserError
 from trainer.training.hub import local_pipeline
@@ -101,17 +100,10 @@ class Run:
         """Per-sample noise; every stage draws from streams of its own name."""
         return SampleNoise(f"{self.settings.seed}/{stage}", self.world.device)
 
-    def dataset(self, split: str, want: tuple[str, ...], batch: int = 1) -> ShardDataset:
+    def dataset(self, split: str, want: tuple[str, ...], batch: int = 1) -> Source:
         """The samples of `data.train`, `data.heldout` or `data.labelled`. want: what to read of them; batch: samples per step;
         see ShardDataset. Raises DataError."""
-        data = self.settings.data
-        paths = expand(getattr(data, split), f"data.{split}")
-        keys = data.keys
-        if split == "train":
-            keys |= {"selection": replace(data.selection, random_crop=data.crop == "random", flip=data.flip)}
-        dataset = ShardDataset(paths, data.resolution, want, self.settings.seed, **keys, batch=batch)
-        dataset.rejected += not_read(getattr(data, split), f"data.{split}")
-        return dataset
+        return open_dataset(self.settings.data, split, want, self.settings.seed, batch, log.info)
 
     def sampler(self, pipeline: Path, dtype: torch.dtype | None = None) -> Sampler:
         """The sampler of a pipeline folder. dtype: of the text encoders (default: the run's)."""

@@ -9,6 +9,8 @@ from data.selected_rows import facts_wanted
 from data.shard_facts import load_facts
 from data.shard_index import load_index
 from data.shard_patterns import expand
+from data.sources import names_prompts
+from data.url_patterns import is_url
 from trainer.distributed.logs import duration, log
 from trainer.distributed.world import first_problem
 from trainer.training.run import Run
@@ -20,7 +22,11 @@ def prepare_shards(run: Run, split: str) -> None:
     """Builds the indexes and facts that the shards of `data.train` or `data.heldout` lack. Every rank must call it. Shards in a
     folder that cannot be written are left out: each rank reads these as it needs them. Raises DataError on all ranks."""
     data, problem = run.settings.data, None
-    paths = expand(getattr(data, split), f"data.{split}")
+    named, setting = getattr(data, split), f"data.{split}"
+    entries = [named] if isinstance(named, str) else named
+    if names_prompts(entries, setting) or any(map(is_url, entries)):
+        return
+    paths = expand(named, setting)
     writable = {folder: os.access(folder, os.W_OK) for folder in {path.parent for path in paths}}
     mine = [path for path in paths if writable[path.parent]][run.world.rank :: run.world.size]
     wanted = facts_wanted(data.selection, data.image_keys, CaptionSource.of(data.caption_key, data.caption_field))

@@ -2,6 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch, Batches
+from data.rejects import RETRIED, check_rejects, samples_lost
 from data.sampling_order import BatchSplit
 from data.settings import DataSettings
+from data.sources import open_batches
+from data.streams import StreamBatches, StreamDataset
 from models.compile import set_deterministic, set_tf32
 from models.conditioning import Conditioning
 from models.profile import pass_flops
@@ -52,7 +56,8 @@ class Stage(ABC):
         self.local_batch = self.micro * settings.accumulation
         prepare_shards(run, "train")
         self.inputs, self.dataset = inputs, run.dataset("train", inputs, settings.batch)
-        self.batches: Batches | None = None
+        self.batches: Batches | StreamBatches | None = None
+        self.used, self.lost = 0, Counter()  # samples that this process has read, and skipped by reason
         self.noise = run.noise(name)
         self.meters, self.counts = Meters(self.split), SampleCounts(run.world)
         self.roles: dict[str, Role] = {}
@@ -64,7 +69,8 @@ class Stage(ABC):
         set_tf32(run.settings.network.tf32)
         set_deterministic(run.settings.network.deterministic)
         if self.dataset.rejected:
-            log.warning(f"{name}: skips samples of the shards: {dict(self.dataset.rejected)}")
+            log.warning(f"{name}: skips samples of data.train: {dict(self.dataset.rejected)}")
+            check_rejects(len(self.dataset), self.dataset.rejected, run.settings.data.max_rejected)
 
     def _identity(self) -> dict:
         # These may change between a run and its resumption: how long it trains, what it shows, and how it is spread over
@@ -115,7 +121,12 @@ class Stage(ABC):
     def begin(self, step: int) -> None:
         """Called once before training, after a resume: opens the data at a step."""
         workers = self.run.settings.data.workers
-        self.batches = Batches(self.dataset, self.split, self.world.rank, step, workers, self.read_every)
+        self.batches = open_batches(self.dataset, self.split, self.world.rank, step, workers, self.read_every)
+        if isinstance(self.dataset, StreamDataset):
+            log.info(
+                f"{self.name}: data.train is streamed: shards are drawn at random, and a resumed run goes on with other samples "
+                "than an uninterrupted one, though always with the same ones (data.cache_dir makes it exact)"
+            )
 
     @property
     def read_every(self) -> int:
@@ -187,6 +198,9 @@ class Stage(ABC):
             batch = next(self.batches)
             self.meters.add("data_seconds", time.monotonic() - began)
             self.counts.skipped.update(batch.skipped)
+            self.lost.update(batch.skipped)
+            self.used += len(batch.captions)
+            check_rejects(self.used, self.lost, self.run.settings.data.max_rejected)
             yield batch
 
     def keep_norms(self, steps_to_line: int) -> None:
@@ -198,8 +212,12 @@ class Stage(ABC):
         """Values for the metrics that wait for the device: means since the last line, gradient norms, skipped samples,
         truncated captions and skipped updates so far over all ranks, and how far weights moved since the last line."""
         values = self.meters.read(self.world)
-        counts = torch.tensor([self.counts.skipped.total(), self.counts.truncated], device=self.world.device)
-        values["skipped_samples"], values["truncated_captions"] = sum_over_ranks(counts, self.world).tolist()
+        skipped = self.counts.skipped
+        counts = [samples_lost(skipped), skipped[RETRIED], self.counts.truncated]
+        names = "skipped_samples", "interrupted_reads", "truncated_captions"
+        totals = sum_over_ranks(torch.tensor(counts, device=self.world.device), self.world).tolist()
+        values |= dict(zip(names, totals, strict=True))
+        values["skipped"] = self.counts.by_reason() if totals[0] else {}
         values["skipped_updates"] = sum(role.skipped_updates() for role in self.trained.values())
         ratios = torch.stack([role.update_ratio() for role in self.trained.values()])
         ratios = mean_over_ranks(ratios, self.world).tolist()

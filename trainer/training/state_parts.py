@@ -7,11 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from data.rejects import RETRIED
 from data.sampling_order import BatchSplit
 from models.conditioning import Conditioning
 from models.ema import Ema
 from trainer.checkpoint.reshard_state import redeal, reslice
-from trainer.distributed.world import World
+from trainer.distributed.world import World, gather_objects
 from trainer.engine.role import Role
 from trainer.engine.save_weights import Snapshot
 
@@ -34,6 +35,14 @@ class SampleCounts:
 
     def __init__(self, world: World):
         self.world, self.skipped, self.truncated = world, Counter(), 0
+
+    def by_reason(self) -> dict[str, int]:
+        """The skipped samples of all ranks by reason, the most frequent first. Every rank must call it."""
+        total = Counter()
+        for counts in gather_objects(dict(self.skipped), self.world):
+            total.update(counts)
+        del total[RETRIED]
+        return dict(total.most_common())
 
     def state_dict(self) -> dict:
         return {**self.skipped, self.TRUNCATED: self.truncated}
