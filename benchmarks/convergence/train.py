@@ -163,6 +163,8 @@ class Distillation:
         with torch.no_grad():
             target = problem.estimates(self.target.net, x_t, level, cond, recipe.guidance)[0]
             fake = problem.estimates(self.fake.net, x_t, level, cond)[0]
+        if recipe.objective == "difference":  # Diff-Instruct's released loss, in pixel space: a weight of 1
+            return fake - target
         return OBJECTIVES[recipe.objective](Scores(x0, target, fake, alpha, sigma))
 
     def _sid(self, x0: Tensor, eps: Tensor, level: Tensor, cond: object) -> Tensor:
