@@ -113,6 +113,11 @@ class Stage(ABC):
         """Only every n-th step reads samples; see data.loader.Batches."""
         return 1
 
+    def epoch(self, step: int) -> float | None:
+        """How often the samples of data.train were gone through after `step` steps; the same on every rank, since its
+        position is a function of the step. None for a stream, which has no epochs."""
+        return None if isinstance(self.dataset, StreamDataset) else step * self.batch / len(self.dataset)
+
     def announces(self, step: int) -> bool:
         """Whether a step off the logging interval gets a metrics line too (a target switch)."""
         return False
