@@ -162,7 +162,8 @@ def collate(samples: list[dict] | DataError) -> dict | DataError:
         return samples
     skipped: Counter[str] = Counter()
     for sample in samples:
-        skipped.update(sample["skipped"])
+        if sample["skipped"]:
+            skipped.update(sample["skipped"])
     images, sizes = "image" in samples[0], "crop" in samples[0]
     names = samples[0].get("cached", ())
     return {

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from data.shard_index import EMPTY, NAME
 from data.tar_members import BoundedHeader
 
+BUFFER = 1 << 17  # bytes read at once; tarfile takes 10 kB
 DAMAGED = "truncated or damaged shard"
 TRAILING = "shard with data after its end mark"
 LINKS = "shard with links or sparse files"
@@ -61,7 +62,7 @@ def tar_samples(
     """
     source, sample, names = _Bytes(stream), {}, set()
     try:
-        with tarfile.open(fileobj=source, mode="r|", tarinfo=_StrictHeader) as archive:
+        with tarfile.open(fileobj=source, mode="r|", bufsize=BUFFER, tarinfo=_StrictHeader) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # would grow for ever
                 if member.islnk() or member.issym() or member.issparse():
@@ -77,7 +78,9 @@ def tar_samples(
                     sample["__repeated__"] = True
                 names.add(extension)
                 if (keep is None or extension in keep) and member.size <= largest:
-                    sample[extension] = archive.extractfile(member).read()
+                    data = sample[extension] = archive.fileobj.read(member.size)  # faster than extractfile
+                    if len(data) < member.size:
+                        raise DamagedShard(DAMAGED)
             if sample:
                 yield from _complete(sample, names, skipped)
                 sample = {}
@@ -95,10 +98,11 @@ def _complete(sample: dict, names: set[str], skipped: Counter[str]) -> Iterator[
     if "__repeated__" in sample:
         skipped[REPEATED] += 1
     else:
-        yield sample | {"__names__": names}
+        sample["__names__"] = names
+        yield sample
 
 
 def hidden_samples(names: Collection[str], image: list[str], caption: list[str]) -> int:
     """How many samples of their own a sample hides behind dots in their names (see shard_index.DOTTED)."""
-    middles = {name.rpartition(".")[0] for name in names} - {""}
+    middles = {name.rpartition(".")[0] for name in names if "." in name}
     return sum(all(any(f"{middle}.{end}" in names for end in ends) for ends in (image, caption)) for middle in middles)

@@ -72,15 +72,17 @@ class StreamDataset(ShardDataset):
         return self._raw["__url__"], self._raw["__key__"]
 
     def _read(self, row: int, what: str) -> bytes:
-        raw = next((self._raw[end] for end in self._places.get(what, ()) if self._raw.get(end)), b"")
-        check_size(what, len(raw))
-        return raw
+        for end in self._places.get(what, ()):
+            if raw := self._raw.get(end):
+                check_size(what, len(raw))
+                return raw
+        return b""
 
     def decode(self, raw: dict) -> dict:
         """A raw sample as from `read`. Raises SampleError."""
         self._raw = raw
         for what, ends in self._places.items():
-            if what != "meta" and not self._read(0, what):
+            if what != "meta" and not any(map(raw.get, ends)):
                 raise SampleError(f"no {what} (.{', .'.join(ends)})")
         self._decoded += 1
         sample = self.read(0, self._decoded)
@@ -113,8 +115,11 @@ class StreamDataset(ShardDataset):
                     skipped[DOTTED] += hidden
                     if names.isdisjoint([end for ends in self._ends for end in ends]):
                         continue  # no sample itself
-                yield sample | {"__url__": shard["url"], SKIPPED: dict(skipped)}
-                skipped.clear()
+                sample["__url__"] = shard["url"]
+                if skipped:
+                    sample[SKIPPED] = dict(skipped)
+                    skipped.clear()
+                yield sample
             dead += not found
             if dead >= DEAD_SHARDS:
                 raise DataError(
@@ -144,7 +149,8 @@ class StreamDataset(ShardDataset):
         skipped: Counter[str] = Counter()
         lost = 0
         for raw in raws:
-            skipped.update(raw.pop(SKIPPED))
+            if SKIPPED in raw:
+                skipped.update(raw.pop(SKIPPED))
             try:
                 sample = self.decode(raw)
             except SampleError as reason:
@@ -159,7 +165,8 @@ class StreamDataset(ShardDataset):
             if kept is not None:
                 kept.append(raw)
             yield sample | {"position": -1, "skipped": dict(skipped)}
-            skipped.clear()
+            if skipped:
+                skipped.clear()
             lost = 0
         if kept is not None and not kept:
             raise DataError(f"data.train: no shard has a usable sample ({reasons(skipped)}): check the addresses")

@@ -100,6 +100,8 @@ def stage_status(run: Path, name: str, settings: dict) -> dict:
         "eta_seconds": round(pace * (steps - step)) if pace and steps and state != "finished" else None,
         "images_per_second": progress.get("images_per_second"),
         "target_node": progress.get("target_node"),
+        "images_seen": progress.get("images_seen"),
+        "epoch": progress.get("epoch"),
         "checkpoint": checkpoints.latest() or None,
         "checkpoint_age_seconds": _age(checkpoints.latest_file),
         "silent_seconds": silent,
@@ -189,6 +191,7 @@ def page(status: dict) -> str:
         parts += [f"{s['percent']:.0f}%"] if s["percent"] is not None else []
         parts += [f"ETA {_span(s['eta_seconds'])}"] if s["state"] == "running" and s["eta_seconds"] is not None else []
         parts += [f"{s['images_per_second']:.1f} images/s"] if s["images_per_second"] else []
+        parts += [f"epoch {s['epoch']:.2f}"] if s["epoch"] is not None else []
         parts += [f"target node {s['target_node']}"] if s["target_node"] is not None else []
         age = _span(s["checkpoint_age_seconds"])
         parts.append(f"checkpoint {s['checkpoint']}, {age} old" if s["checkpoint"] else "no checkpoint yet")

@@ -4,7 +4,7 @@ import pytest
 import support
 import torch
 
-from benchmarks import evaluate
+from benchmarks import data, evaluate
 from benchmarks.evaluate_chains import metrics, write_images
 from benchmarks.minimal import Minimal
 from benchmarks.sdxl_step import planned, table
@@ -135,3 +135,10 @@ def test_images_decoded_ahead_are_the_same(tmp_path):
         with pytest.raises(DataError, match=r"0003.png: does not decode"):
             images[3]
     assert torch.equal(images[4], alone[4])
+
+
+def test_rows_of_reading(tmp_path):
+    row = next(data.run(tmp_path, 0.1))
+    ways = {"decoder", "local", "streamed", "webdataset"}
+    assert row["kind"] == "images 1024 -> 1024" and all(row[way] > 0 for way in ways)
+    assert row["local/decoder"] == pytest.approx(row["local"] / row["decoder"], abs=0.02)

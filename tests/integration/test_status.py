@@ -14,7 +14,7 @@ import yaml
 from trainer.status import main, page, progress, run_status
 from trainer.training.progress import FILE, Progress
 
-LINE = {"step_seconds": 2.0, "images_per_second": 64.0, "target_node": None}
+LINE = {"step_seconds": 2.0, "images_per_second": 64.0, "target_node": None, "images_seen": 640, "epoch": 1.25}
 
 
 def test_a_finished_run(root, capsys):
@@ -57,7 +57,12 @@ def test_a_run_in_the_middle(run):
     folder = run / "record"
     status = run_status(run)
     assert status["state"] == "running" and status["step"] == 4 and status["percent"] == 50
-    assert status["eta_seconds"] == 8 and status["images_per_second"] == 64 and status["target_node"] is None
+    assert (
+        status["eta_seconds"] == 8
+        and status["images_per_second"] == 64
+        and status["target_node"] is None
+        and status["epoch"] == 1.25
+    )
     assert status["restarts"] == 1 and status["warnings"] == [] and status["checkpoint"] == "step-00000004"
     assert progress(run, "record") == "record step-00000004"
     assert progress(run, "pretrain") == "no checkpoint"

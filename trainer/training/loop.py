@@ -148,7 +148,7 @@ class Loop:
     def position(self, step: int) -> dict:
         stage = self.stage
         spent = {"time": self.clock.seconds, "compute": stage.compute(step), "gpu_hours": self.clock.gpu_hours}
-        return {"images_seen": step * stage.batch} | spent
+        return {"images_seen": step * stage.batch, "epoch": stage.epoch(step)} | spent
 
     def preview(self, step: int) -> None:
         grid = self.stage.preview()

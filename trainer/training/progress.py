@@ -16,6 +16,8 @@ NEW = {
     "step_seconds": None,
     "images_per_second": None,
     "target_node": None,
+    "images_seen": None,
+    "epoch": None,
     "saved_step": None,
     "saved": None,
     "restarts": 0,
@@ -34,6 +36,8 @@ class Progress:
         message                                           why it stopped or failed
         step                                              last step that was logged or saved
         step_seconds, images_per_second, target_node      of the last metrics line; null before the first
+        images_seen, epoch                                position in the data, the same on every rank, at that line; a
+                                                          stream has no epoch
         saved_step, saved                                 last checkpoint and its time; null before the first
         started, updated                                  times of this start and of the last write
         restarts                                          how often the stage resumed from a checkpoint
@@ -68,7 +72,7 @@ class Progress:
 
     def line(self, step: int, record: dict, warnings: Sequence[str] = ()) -> None:
         """Takes step and speed from a metrics line of a logging interval, and the warnings since the last one."""
-        shown = ("step_seconds", "images_per_second", "target_node")
+        shown = ("step_seconds", "images_per_second", "target_node", "images_seen", "epoch")
         self._write({"step": step} | {key: record.get(key) for key in shown}, warnings)
 
     def saved(self, step: int) -> None:

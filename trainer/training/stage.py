@@ -142,6 +142,11 @@ class Stage(ABC):
         """Whether training has ended before its last step; the same on every rank."""
         return False
 
+    def epoch(self, step: int) -> float | None:
+        """How often the samples of data.train were gone through after `step` steps; the same on every rank, since its
+        position is a function of the step. None for a stream, which has no epochs."""
+        return None if isinstance(self.dataset, StreamDataset) else step * self.batch / len(self.dataset)
+
     def announces(self, step: int) -> bool:
         """Whether a step off the logging interval gets a metrics line too (a target switch)."""
         return False
