@@ -25,6 +25,11 @@ class Prompt:
     meta: dict = field(default_factory=dict)
     size: Size | None = None
 
+    @property
+    def identity(self) -> list:
+        """What its images are a function of, besides their noise."""
+        return [self.text, self.meta, *([list(self.size)] if self.size else [])]
+
 
 def read_prompts(file: Path, key: str = "") -> list[Prompt]:
     """The captions of a file, in its order; their ids are their numbers, "00000" and so on.

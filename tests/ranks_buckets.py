@@ -52,7 +52,7 @@ def build(root: Path) -> Path:
 
 
 def run_in_buckets(root: Path, name: str, world, *overrides: str, data: str = "images") -> Run:
-    place = root / "in-buckets"
+    place, name = root / "in-buckets", f"in-buckets-{name}"
     settings = support.tiny(
         root, name, *FLAGS, f"pipeline={place}/pipeline", f"path={root / name}/path", f"data.train={place / data}",
         f"data.heldout={place / 'images'}", f"pretrain.start={place}/pipeline", *overrides,

@@ -56,7 +56,7 @@ def test_two_ranks_train_as_one_and_resume(root, world):
         run = run_in_buckets(root, f"one-{kind}", world, *flags)
         whole = support.backtrack_weights(run)
         assert support.largest_difference(whole, torch.load(root / "buckets" / f"{kind}.pt")) < 2e-5, kind
-        lines, others = (support.metrics(root / f"{n}-{kind}" / "backtrack") for n in ("one", "two"))
+        lines, others = (support.metrics(root / f"in-buckets-{n}-{kind}" / "backtrack") for n in ("one", "two"))
         losses = [[line["loss/fake_score"] for line in run] for run in (lines, others)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

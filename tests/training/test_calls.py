@@ -71,7 +71,7 @@ def test_networks_run_as_often_as_they_must(shards, pipeline, world, reuse, guid
             role.module.register_forward_hook(count)
         stage.sampler.text.parts.text_encoder.register_forward_hook(lambda *_: calls.update(["text"]))
         read = stage.dataset.read
-        stage.dataset.read = lambda row: calls.update(["rows read"]) or read(row)
+        stage.dataset.read = lambda *row: calls.update(["rows read"]) or read(*row)
         for step in SECOND_CYCLE:
             stage.update(step)
     fresh = 0 if reuse else UPDATES - 1  # fake updates that make samples of their own

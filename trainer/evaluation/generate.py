@@ -1,7 +1,7 @@
 """Makes the rows of a set of images, chunk by chunk, on all ranks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -67,6 +67,13 @@ def thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of an image's thumbnail, of at most GRID_SIDE pixels."""
     scale = min(GRID_SIDE / max(size), 1)
     return round(size[0] * scale), round(size[1] * scale)
+
+
+def canvas_of(sizes: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+    """Height and width that the thumbnails of images of these sizes fit into; None if all have one size."""
+    different = set(sizes)
+    fitted = [thumbnail_size(size) for size in different]
+    return (max(h for h, _ in fitted), max(w for _, w in fitted)) if len(different) > 1 else None
 
 
 def thumbnail(image: Tensor) -> Tensor:

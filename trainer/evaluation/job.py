@@ -13,7 +13,7 @@ from data.prompts import Prompt
 from models.pipeline import pipeline_hash
 from trainer.distributed.world import from_main
 from trainer.errors import UserError
-from trainer.evaluation.generate import fill, thumbnail_size
+from trainer.evaluation.generate import canvas_of, fill
 from trainer.evaluation.keep import check_layout, keeper, prompt_of
 from trainer.evaluation.networks import (
     COMPARED,
@@ -92,7 +92,7 @@ class Evaluation:
         if run.settings.data.buckets:
             compared_with["size"] = list(run.settings.data.size)
         made_of = {
-            "prompts": hashlib.sha256(json.dumps([_shown(p) for p in prompts]).encode()).hexdigest(),
+            "prompts": hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest(),
             "images": [images, settings.images_per_prompt],
         }
         own = {name: found.identity for name, found in weights.items() if not found.published}
@@ -162,15 +162,6 @@ class Evaluation:
         """The teacher's images of the same prompts, with noise of other numbers than the generated ones."""
         return self._images(self.opener(find_source(self.run, "teacher")), TEACHER_SEED)
 
-    @property
-    def _canvas(self) -> tuple[int, int] | None:
-        """Height and width that thumbnails of all prompts' images fit into; None if these have one size."""
-        sizes = {prompt.size or self.run.settings.data.size for prompt in self.prompts}
-        if len(sizes) == 1:
-            return None
-        fitted = [thumbnail_size(size) for size in sizes]
-        return max(height for height, _ in fitted), max(width for _, width in fitted)
-
     def _images(self, opened: Callable[[], OpenSource], seed: int) -> Callable[[list[int]], list[Tensor]]:
         """A source's images by number."""
         per_prompt = self.run.settings.evaluate.images_per_prompt
@@ -233,17 +224,12 @@ class Evaluation:
             source.name,
             show=True,
             keep=keep,
-            canvas=self._canvas,
+            canvas=canvas_of(prompt.size or run.settings.data.size for prompt in self.prompts),
         )
         return rows, scores(rows, self.reference, self.metrics, self.networks.accuracies, run.world)
 
     def rows_folder(self, name: str) -> Path:
         return self.results.folder / f"{name}.rows"
-
-
-def _shown(prompt: Prompt) -> list:
-    """What a prompt's images are a function of, besides their noise."""
-    return [prompt.text, prompt.meta, *([list(prompt.size)] if prompt.size else [])]
 
 
 def _number_of_images(run: Run, protocol: Protocol, prompts: list[Prompt]) -> int:
