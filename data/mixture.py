@@ -54,6 +54,8 @@ class MixedDataset(Dataset):
         source, place = self._mixture.locate(position)
         return self.datasets[source][place] | {"position": position}
 
+    main_bucket = 0
+
     def example(self, number: int, bucket: int | None = None) -> dict:
         """dataset[number]; there is one bucket."""
         return self[number]

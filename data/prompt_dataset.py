@@ -69,6 +69,8 @@ class PromptDataset(Dataset):
     def __getitem__(self, position: int) -> dict:
         return self.read(self.order.row(position)) | {"position": position, "skipped": {}}
 
+    main_bucket = 0
+
     def example(self, number: int, bucket: int | None = None) -> dict:
         """dataset[number]; there is one bucket."""
         return self[number]

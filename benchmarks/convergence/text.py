@@ -28,9 +28,9 @@ class TextProblem(Problem):
     """The run of a demo whose teacher and classifier are there."""
 
     def __init__(self, name: str, settings: RunSettings):
-        self.name, resolution = name, settings.data.resolution
+        self.name = name
         pipeline = Path(settings.pipeline)
-        self.sampler = Sampler.load(pipeline, resolution, torch.float32, torch.device("cpu"))
+        self.sampler = Sampler.load(pipeline, settings.data.size, torch.float32, torch.device("cpu"))
         self.schedule, self.shape = self.sampler.schedule, self.sampler.latent_shape
         self.teacher = load_network(pipeline / "unet").eval().requires_grad_(False)
         self.data = self._dataset(settings, settings.data.train, ("caption",))
@@ -56,7 +56,7 @@ class TextProblem(Problem):
         """The conditioning of all captions, encoded once."""
         distinct = list(dict.fromkeys(captions))
         parts = [
-            self.sampler.text.encode(distinct[low : low + 256], self.sampler.resolution)
+            self.sampler.text.encode(distinct[low : low + 256], self.sampler.size)
             for low in range(0, len(distinct), 256)
         ]
         tensors = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
