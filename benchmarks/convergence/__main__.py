@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.convergence.figure import draw
 from benchmarks.convergence.pictures import emoji, photographs
 from benchmarks.convergence.problem import Problem
+from benchmarks.convergence.recipes import METHODS
 from benchmarks.convergence.sigma import SigmaProblem
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import PROFILES, Runs
@@ -50,10 +52,11 @@ def main() -> None:
     parser.add_argument("--profile", choices=PROFILES, default="quick")
     parser.add_argument("--only", nargs="+", default=[], metavar="PROBLEM/PART", help="these parts only")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there, run nothing")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the curves of the methods")
     args = parser.parse_args()
     torch.set_num_threads(1)
     store = Store(args.out, functools.cache(lambda name: problem(name, args.out)), args.tables)
-    runs = Runs(store.run)
+    runs, drawn = Runs(store.run), []
     for part in PROFILES[args.profile]:
         if args.only and f"{part.problem}/{part.name}" not in args.only:
             continue
@@ -64,6 +67,10 @@ def main() -> None:
             continue
         chosen = {label: runs.chosen[part.problem, part.name, label] for label in part.rows}
         print(f"\n{table(part, found, chosen)}\n", flush=True)
+        if METHODS.keys() == found.keys():
+            drawn.append((part, found))
+    if args.figure and drawn:
+        draw(drawn, args.figure)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def test_sdxl_has_the_names_of_a_weights_folder(sdxl):
     assert names == list(plain.state_dict()) and len(names) == len(sdxl.trainable)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sdxl_gan", "sdxl_lora", "sd15"])
+@pytest.mark.parametrize("name", ["sdxl", "sdxl_ours", "sdxl_gan", "sdxl_lora", "sd15"])
 def test_recipes_fit_where_they_say(name):
     settings = load_settings(CONFIGS / f"{name}.yaml", [])
     assert settings.pipeline in HUB
