@@ -128,7 +128,7 @@ FULL = [
     Part("digits", "dmd", methods(DIGITS), grid=RATES),
     recipes("emoji", EMOJI, 603, FEW),
     Part("emoji", "dmd", methods(EMOJI), FEW),
-    Part("emoji-pixels", "paper", methods(PIXELS), grid=PIXEL_RATES),
+    Part("emoji-pixels", "paper", methods(PIXELS)),
     Part("digits", "vsd", methods(DIGITS, objective="vsd")),
     Part("digits", "sid", methods(DIGITS, objective="sid")),
     Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
