@@ -54,6 +54,11 @@ def encoding_of(index: ShardIndex) -> dict | None:
         record = first_json(index).get(RECORD_KEY)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"shard {index.tar}: cannot read its first json ({error}): build the shard again") from error
+    return encoding_in(record)
+
+
+def encoding_in(record: object) -> dict | None:
+    """How a sample was encoded, from the record in its .json; None if that is none."""
     if not isinstance(record, dict):
         return None
     return {key: record.get(key) for key in ENCODING_KEYS} | {

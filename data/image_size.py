@@ -60,15 +60,12 @@ def image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation. Pillow decodes a PNG to look for one behind its pixels, where torchvision reads none."""
+    """The orientation in the EXIF data before the pixels, as the decoders read it."""
     if image.format == "TIFF":
         return 1  # Pillow's size has it already
     try:
-        if image.format == "PNG":
-            found = Image.Exif()
-            found.load(image.info.get("exif") or b"")
-        else:
-            found = image.getexif()
+        found = Image.Exif()  # image.getexif() would also believe XMP, which the decoders do not read
+        found.load(image.info.get("exif") or b"")
         return found.get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1  # damaged EXIF data: the image is shown as it is

@@ -119,6 +119,11 @@ def _decode_with_pillow(raw: bytes) -> Tensor:
         _check_size(*image.size)
         if image.mode in ("I", "F"):
             raise RuntimeError("32 bits per value: their range is not known")
+        for key in (
+            "xmp",
+            "XML:com.adobe.xmp",
+        ):  # Pillow would believe its orientation, which torchvision does not read
+            image.info.pop(key, None)
         try:
             image = ImageOps.exif_transpose(image)
         except Exception:

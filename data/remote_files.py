@@ -109,7 +109,9 @@ def _permanent(error: Exception) -> bool:
     """Whether the server has answered that it will not send this file."""
     status = error.code if isinstance(error, HTTPError) else None
     if status is None:  # botocore's errors
-        status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+        response = getattr(error, "response", None)  # a dict of botocore's, or an answer of the hub's client
+        about = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        status = about.get("HTTPStatusCode", getattr(response, "status_code", None))
     if status is None:
         return type(error).__name__ in (
             "NoCredentialsError",

@@ -120,12 +120,14 @@ def names_prompts(named: str | list[str], setting: str) -> bool:
     return bool(prompts)
 
 
-def encoding_of_training(data: DataSettings) -> dict | None:
+def encoding_of_training(data: DataSettings, say: Callable[[str], None] = print) -> dict | None:
     """How the samples of `data.train` are encoded, from the first one; None for plain images and for prompts alone. Raises
     DataError."""
     entries = [data.train] if isinstance(data.train, str) else data.train
     if names_prompts(entries, "data.train"):
         return None
+    if data.cache_dir and (urls := [url for entry in entries if is_url(entry) for url in _urls(entry, "data.train")]):
+        return encoding_of_shards(copy_shards(urls, Path(data.cache_dir), data.cache_gb, data.retry_seconds, say))
     if any(map(is_url, entries)):
         return first_encoding([_urls(entry, "data.train") for entry in entries if entry], data)
     return encoding_of_shards(expand(data.train, "data.train"))

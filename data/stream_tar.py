@@ -87,7 +87,7 @@ def tar_samples(
             while rest := archive.fileobj.read(1 << 16):
                 if any(rest):
                     raise DamagedShard(TRAILING)
-    except (DamagedShard, tarfile.TarError, EOFError) as error:
+    except (DamagedShard, tarfile.TarError, EOFError, ValueError) as error:  # ValueError: of absurd PAX records
         if source.count == 0:
             skipped[EMPTY] += 1
         else:

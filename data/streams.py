@@ -4,7 +4,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from typing import IO
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -12,7 +14,7 @@ from webdataset import DataPipeline, ResampledShards, detshuffle
 
 from data.buckets import Size
 from data.caption_source import CaptionSource
-from data.encoded import ENCODING_KEYS, EXTENSION, RECORD_KEY
+from data.encoded import EXTENSION, RECORD_KEY, encoding_in
 from data.errors import DataError
 from data.loader import NOT_READ, PREFETCH, Batch, collate, stop_signals_blocked
 from data.mixture import Mixture
@@ -57,7 +59,6 @@ class StreamDataset(ShardDataset):
         self._places = self._extensions(data.image_keys)
         self._places = {what: [end.lower() for end in ends] for what, ends in self._places.items()}
         self._ends = tuple([end.lower() for end in ends] for ends in (data.image_keys, self._source.extensions))
-        self._decoded = 0  # samples, which number what is drawn for each
         self._files, self._process, self._raw = {}, -1, {}
         self._first: list[dict] = []  # raw samples
         self._rest: Iterator[dict] | None = None
@@ -78,15 +79,14 @@ class StreamDataset(ShardDataset):
                 return raw
         return b""
 
-    def decode(self, raw: dict) -> dict:
-        """A raw sample as from `read`. Raises SampleError."""
+    def decode(self, raw: dict, number: int) -> dict:
+        """A raw sample as from `read`. number: what is drawn for it depends on. Raises SampleError."""
         self._raw = raw
         for what, ends in self._places.items():
             if what != "meta" and not any(map(raw.get, ends)):
                 raise SampleError(f"no {what} (.{', .'.join(ends)})")
-        self._decoded += 1
-        sample = self.read(0, self._decoded)
-        if self.encoding and encoding_in(sample["meta"]) != self.encoding:
+        sample = self.read(0, number)
+        if self.encoding and encoding_in(sample["meta"].get(RECORD_KEY)) != self.encoding:
             raise SampleError(OTHER_ENCODING)
         return sample
 
@@ -98,7 +98,7 @@ class StreamDataset(ShardDataset):
         place = position % HEAD
         while place >= len(self._first) and next(self._rest, None):
             pass
-        return self.decode(self._first[place % len(self._first)]) | {"position": position, "skipped": {}}
+        return self.decode(self._first[place % len(self._first)], place) | {"position": position, "skipped": {}}
 
     def raw_samples(self, shards: Iterator[dict]) -> Iterator[dict]:
         """The undecoded samples of {"url": url}, with their counts under SKIPPED. Raises DataError after DEAD_SHARDS."""
@@ -143,8 +143,8 @@ class StreamDataset(ShardDataset):
             if interruptions := getattr(file, "interruptions", 0):
                 skipped[RETRIED] += interruptions
 
-    def usable(self, raws: Iterator[dict], kept: list[dict] | None = None) -> Iterator[dict]:
-        """The decoded samples, with "skipped". kept: raw ones are collected there. Raises DataError if the first ENOUGH are
+    def usable(self, raws: Iterator[dict], kept: list[dict] | None = None, first: int = 0) -> Iterator[dict]:
+        """The decoded samples, with "skipped". kept: raw ones are collected there. first: their first number. Raises DataError if the first ENOUGH are
         all unusable, or as many in a row later."""
         skipped: Counter[str] = Counter()
         lost = 0
@@ -178,7 +178,8 @@ class StreamDataset(ShardDataset):
             seed = _seed(self.seed, source, *place)
             shards = ResampledShards(urls, seed=seed, deterministic=True, worker_seed=int)  # int() is 0
             buffer = max(self.data.shuffle_buffer, 1)
-            stages = shards, self.raw_samples, detshuffle(buffer, max(buffer // 10, 1), seed=seed), self.usable
+            usable = partial(self.usable, first=seed << 30)  # each place draws its own crops, flips and captions
+            stages = shards, self.raw_samples, detshuffle(buffer, max(buffer // 10, 1), seed=seed), usable
             streams.append(iter(DataPipeline(*stages)))
         mixture = Mixture(self.weights, _seed(self.seed, *place))
         position = 0
@@ -191,10 +192,14 @@ def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(numbers).encode()).digest()[:4])
 
 
-def encoding_in(meta: object) -> dict | None:
-    """How a sample was encoded, by its .json."""
-    record = meta.get(RECORD_KEY) if isinstance(meta, dict) else None
-    return {key: record.get(key) for key in ENCODING_KEYS} if isinstance(record, dict) else None
+@contextmanager
+def _unread(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """A file that need not be read to its end: a command whose pipe is closed early fails, which says nothing."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 def first_encoding(sources: Sequence[Sequence[str]], data: DataSettings) -> dict | None:
@@ -202,11 +207,12 @@ def first_encoding(sources: Sequence[Sequence[str]], data: DataSettings) -> dict
     reason = "no samples"
     for url in [url for urls in sources for url in urls][:DEAD_SHARDS]:
         try:
-            with closing(open_url(url, data.retry_seconds)) as file:
+            with _unread(open_url(url, data.retry_seconds)) as file:
                 for sample in tar_samples(file, Counter()):
                     if EXTENSION not in sample or "json" not in sample:
                         return None
-                    return encoding_in(json.loads(sample["json"]))
+                    meta = json.loads(sample["json"])
+                    return encoding_in(meta.get(RECORD_KEY)) if isinstance(meta, dict) else None
         except (DamagedShard, CannotRead, ValueError, RecursionError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
     raise DataError(

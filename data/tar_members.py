@@ -54,7 +54,7 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
                     )
                 if member.isfile():
                     found.append((member.name, member.offset_data, member.size))
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ValueError) as error:
         raise DataError(f"shard {tar}: cannot be read as an uncompressed tar ({error}): {ADVICE}") from error
     _check_end(tar, position, total, found)
     return found
@@ -63,7 +63,7 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
 def _next(archive: tarfile.TarFile, tar: Path, position: int, found: list) -> tarfile.TarInfo | None:
     try:
         return archive.next()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError: of absurd PAX records
         raise DataError(
             f"shard {tar}: corrupt header at byte {position} ({error}); {_last(found)}: {ADVICE}"
         ) from error

@@ -1,14 +1,13 @@
 """`disback compare RUN...`: what scores cost, over seeds and at equal compute. No torch, no process group."""
 
 import math
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.entry import Parser, exit_with, guarded
 from trainer.errors import UserError
-from trainer.evaluation.costs import cost_to, score_at, spread
+from trainer.evaluation.costs import cost_to, mean_points, score_at, spread
 from trainer.evaluation.results import ProtocolId, Results, one_line
 from trainer.evaluation.table import COLUMNS, Group, group_runs, main_protocol
 
@@ -52,32 +51,34 @@ def _points(run: Results, protocol: ProtocolId) -> list[dict]:
     return points
 
 
-def _goals(base: Curves, metric: str, axis: str, wanted: list[float]) -> list[float]:
-    """The thresholds that were asked for, or what the base has reached on the mean at half of its cost, and its best."""
+def _goals(base: list[dict], metric: str, axis: str, wanted: list[float]) -> list[float]:
+    """The thresholds that were asked for, or what the base's mean curve has reached at half of its cost, and its best."""
     if wanted:
         return wanted
-    end = base.shared(axis)
-    means = [
-        statistics.fmean(score_at(points, metric, cost, axis) for points in base.points)
-        for cost in [end / 2, *(point[axis] for point in base.points[0] if point[axis] <= end)]
-        if all(points[0][axis] <= cost for points in base.points)
-    ]
-    return sorted({means[0], min(means)}, reverse=True)
+    half = score_at(base, metric, max(base[-1][axis] / 2, base[0][axis]), axis)
+    return sorted({half, min(point[metric] for point in base)}, reverse=True)
 
 
 def table(curves: list[Curves], metric: str, axis: str, wanted: list[float]) -> str:
-    """A metric's table as text: the score at the cost that all groups have reached, the cost to each threshold, and how many
-    times less that is than the first group's."""
-    base, equal = curves[0], min(each.shared(axis) for each in curves)
-    goals = _goals(base, metric, axis, wanted)
+    """A metric's table as text: the score at the cost that all groups have reached, each run's cost to each threshold, and how
+    many times less the mean curve's is than the first group's."""
+    equal, means = (
+        min(each.shared(axis) for each in curves),
+        [mean_points(each.points, metric, axis) for each in curves],
+    )
+    if not all(means):
+        raise UserError(
+            f"the runs of a group have no {axis} in common: score more checkpoints, or compare by another --axis"
+        )
+    goals = _goals(means[0], metric, axis, wanted)
     head = COLUMNS[metric][0]
     rows = [["", "seeds", f"{head} at {equal:.4g}", *(part for goal in goals for part in (f"to {goal:.3g}", "gain"))]]
-    for each in curves:
+    for each, mean in zip(curves, means, strict=True):
         row = [each.group.label, str(len(each.points))]
         row.append(spread([score_at(points, metric, equal, axis) for points in each.points]))
         for goal in goals:
-            costs, first = ([cost_to(p, metric, goal, axis) for p in who.points] for who in (each, base))
-            row += [spread(costs), _gain(statistics.fmean(first), statistics.fmean(costs))]
+            row.append(spread([cost_to(points, metric, goal, axis) for points in each.points]))
+            row.append(_gain(cost_to(means[0], metric, goal, axis), cost_to(mean, metric, goal, axis)))
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -98,14 +98,18 @@ class Experiment:
     def training(self, name: str, seconds: float, stage: str, steps: int) -> Part:
         def count() -> tuple[int, int]:
             progress = Progress.read(self.folder / stage) or {"step": 0, "state": ""}
-            return steps if progress["state"] == "finished" else min(progress["step"], steps), steps
+            return steps if progress.get("state") == "finished" else min(progress["step"], steps), steps
 
         return Part(name, seconds, count)
 
     def backtrack(self, seconds: float) -> Task:
         part = self.training(f"backtrack {self.kind}", seconds, "backtrack", self.settings.backtrack.steps)
         sources = [self.teacher] if self.settings.backtrack.path == "none" else [self.teacher, self.path]
-        return self.task("backtrack", lambda: is_made(self.generator, *sources), part)
+
+        def written() -> bool:  # only `pretrain` writes the teacher's note: other pipelines have none to be older than
+            return is_made(self.generator, *(source for source in sources if source.exists()))
+
+        return self.task("backtrack", written, part)
 
     def evaluate(self, seconds: float, *more: str) -> Task:
         """Evaluates the checkpoints that have weights, and `evaluate.what`. more: overrides that the user's can replace."""

@@ -96,7 +96,7 @@ def stage_status(run: Path, name: str, settings: dict) -> dict:
         "state": state,
         "step": step,
         "steps": steps,
-        "percent": round(100 * step / steps, 1) if steps else None,
+        "percent": 100.0 if state == "finished" else round(100 * step / steps, 1) if steps else None,
         "eta_seconds": round(pace * (steps - step)) if pace and steps and state != "finished" else None,
         "images_per_second": progress.get("images_per_second"),
         "target_node": progress.get("target_node"),

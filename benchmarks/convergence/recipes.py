@@ -51,17 +51,27 @@ class Recipe:
     def recording_cost(self) -> float:
         """A recording step is a sample and a denoising step; the path is measured on one batch after each step, and once
         on the teacher, whose samples cost another pass."""
-        return self.record_steps * (1 + 3 + 1) + 2 if self.records else 0
+        return self.record_steps * (self._sample + 3 + 1) + self._sample + 1 if self.records else 0
+
+    @property
+    def _sample(self) -> float:
+        """A sample of the generator: of several steps it is drawn at a random one, after those before it. Half of the
+        channels cost a quarter."""
+        steps = (len(self.student) + 1) / 2 if self.student else 1
+        return steps * self._own
+
+    @property
+    def _own(self) -> float:
+        return 0.25 if self.start == "small" else 1
 
     @property
     def update_cost(self) -> float:
         """Of a generator update with its fake updates: forward 1, backward 2, and back to the input alone 1."""
-        sample = (len(self.student) + 1) / 2 if self.student else 1
         target = 1 if self.guidance == 1 else 2
-        generator = sample + 2 + target + 1
+        generator = self._sample + 2 * self._own + target + 1
         if self.objective == "sid":
             generator += target + 1
-        return generator + 3 * self.fake_updates + sample * (self.fake_updates - 1)
+        return generator + 3 * self.fake_updates + self._sample * (self.fake_updates - 1)
 
     @property
     def updates(self) -> int:

@@ -20,25 +20,34 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob("runs-*.jsonl")):
             for line in file.read_text().splitlines():
-                if line.endswith("}"):  # else its process was killed while it wrote
+                try:
                     run = json.loads(line)
-                    self.found[self._key(run["problem"], run["recipe"], run["seed"])] = run["points"]
+                except ValueError:  # its process was killed while it wrote
+                    continue
+                key = run["problem"], run["recipe"], run["seed"], run.get("marks", len(run["points"]) - 1)
+                self.found[self._key(*key)] = run["points"]
 
     @staticmethod
-    def _key(problem: str, recipe: dict, seed: int) -> str:
-        return json.dumps([problem, recipe, seed], sort_keys=True)
+    def _key(problem: str, recipe: dict, seed: int, points: int) -> str:
+        return json.dumps([problem, recipe, seed, points], sort_keys=True)
 
     def run(self, problem: str, recipe: Recipe, seed: int, points: int) -> list[dict]:
         """The points of a run. Raises KeyError for one that is not there, if only known ones are wanted."""
-        key = self._key(problem, recipe.key(), seed)
+        key = self._key(problem, recipe.key(), seed, points)
         if key not in self.found:
             if self.only_known:
                 raise KeyError(key)
             began = time.monotonic()
             self.found[key] = list(distil(self.problem(problem), recipe, seed, points))
-            line = {"problem": problem, "recipe": recipe.key(), "seed": seed, "points": self.found[key]}
+            line = {
+                "problem": problem,
+                "recipe": recipe.key(),
+                "seed": seed,
+                "marks": points,
+                "points": self.found[key],
+            }
             with (self.folder / f"runs-{problem}.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write("\n" * bool(file.tell()) + json.dumps(line))  # a line that was cut off stays alone
             last = self.found[key][-1]
             about = f"{recipe.method} {recipe.objective}, rates {recipe.lr:g} / {recipe.fake_lr:g}, seed {seed}"
             scores = f"FID {last['fid']:.3f}, pixel FD {last['pixel_fd']:.2f}"

@@ -1,45 +1,55 @@
 """Tables of a study: scores at equal compute, and compute to thresholds, with the spread over seeds."""
 
 import math
-import statistics
 
 from benchmarks.convergence.recipes import Recipe
 from benchmarks.convergence.scores import METRICS
 from benchmarks.convergence.study import Part
-from trainer.evaluation.costs import cost_to, spread
+from trainer.evaluation.costs import cost_to, mean_points, score_at, spread
 
 Curves = list[list[dict]]  # one per seed: points with compute and scores
 
 
-def mean_at(curves: Curves, metric: str, place: int) -> float:
-    """The mean over seeds at a point of the curves; places count from the end if negative."""
-    return statistics.fmean(points[place][metric] for points in curves)
+def paid(points: list[dict], recipe: Recipe) -> list[dict]:
+    """Points with the untrained generator where the recording ends: until then nothing has improved."""
+    if not recipe.records:
+        return points
+    return [points[0], points[0] | {"compute": recipe.recording_cost}, *points[1:]]
 
 
-def best(curves: Curves, metric: str) -> float:
-    """The best mean over seeds on the way."""
-    return min(mean_at(curves, metric, place) for place in range(min(map(len, curves))))
+def best(curves: Curves, metric: str) -> tuple[float, float]:
+    """The compute at which the mean curve is best, and its score there."""
+    return min(((p["compute"], p[metric]) for p in mean_points(curves, metric)), key=lambda point: point[1])
 
 
-def thresholds(base: Curves) -> dict[str, tuple[float, float]]:
-    """Of each metric: what plain distillation has reached at half of its compute, and the best that it reaches."""
-    half = (min(map(len, base)) - 1) // 2
-    return {metric: (mean_at(base, metric, half), best(base, metric)) for metric in METRICS}
+def costs(curves: Curves, metric: str, goal: float) -> str:
+    """Compute to a goal: of the mean curve, and in brackets how many of the runs get there by themselves."""
+    cost = cost_to(mean_points(curves, metric), metric, goal)
+    reached = sum(math.isfinite(cost_to(points, metric, goal)) for points in curves)
+    return f"{cost:.0f} ({reached} of {len(curves)})" if math.isfinite(cost) else f"never ({reached} of {len(curves)})"
 
 
-def method_table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe], base: str = "none") -> str:
-    """A part's rows: scores at the end, and compute to `base`'s thresholds."""
-    goals = thresholds(found[base])
+def goals(base: Curves, metric: str) -> tuple[float, float]:
+    """What plain distillation has reached on the mean at half of its compute, and the best that it reaches."""
+    mean = mean_points(base, metric)
+    return score_at(mean, metric, mean[-1]["compute"] / 2), best(base, metric)[1]
+
+
+def method_table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe], base: str) -> str:
+    """A part's rows: scores at the end, compute to what `base` reaches, and how many times less that is than its own."""
+    names = {"fid": "FID", "pixel_fd": "pixel FD"}
+    wanted = [(metric, goal) for metric in METRICS for goal in goals(found[base], metric)]
     heads = ["", "rates", "FID", "pixel FD", "recall"]
-    heads += [
-        f"to {name} {goal:.3g}" for name, metric in (("FID", "fid"), ("FD", "pixel_fd")) for goal in goals[metric]
-    ]
+    heads += [part for metric, goal in wanted for part in (f"to {names[metric]} {goal:.3g}", "gain")]
     rows = [heads, ["---"] * len(heads)]
     for label, curves in found.items():
         recipe = chosen[label]
-        ends = [spread([points[-1][name] for points in curves]) for name in (*METRICS, "recall")]
-        costs = [spread([cost_to(p, metric, goal) for p in curves]) for metric in METRICS for goal in goals[metric]]
-        rows.append([label, f"{recipe.lr:g} / {recipe.fake_lr:g}", *ends, *costs])
+        row = [label, f"{recipe.lr:g} / {recipe.fake_lr:g}"]
+        row += [spread([points[-1][name] for points in curves]) for name in (*METRICS, "recall")]
+        for metric, goal in wanted:
+            first, own = (cost_to(mean_points(each, metric), metric, goal) for each in (found[base], curves))
+            row += [costs(curves, metric, goal), gain(first, own)]
+        rows.append(row)
     title = f"{part.problem}, {part.name}: {len(part.seeds)} seeds, compute {chosen[base].budget:g}"
     return f"{title}\n\n{lines(rows)}"
 
@@ -53,9 +63,8 @@ def pair_table(part: Part, found: dict[str, Curves]) -> str:
         none, walk = (found[f"{label}: {method}"] for method in ("none", "walk"))
         cells = [spread([p[-1][metric] for p in curves]) for metric in METRICS for curves in (none, walk)]
         for metric in METRICS:
-            goal = best(none, metric)
-            first, other = (statistics.fmean(cost_to(p, metric, goal) for p in curves) for curves in (none, walk))
-            cells.append(gain(first, other))
+            first, goal = best(none, metric)
+            cells.append(gain(first, cost_to(mean_points(walk, metric), metric, goal)))
         rows.append([label, *cells])
     return f"{part.problem}, {part.name}: {len(part.seeds)} seeds\n\n{lines(rows)}"
 
@@ -63,22 +72,25 @@ def pair_table(part: Part, found: dict[str, Curves]) -> str:
 def gain(one: float, other: float) -> str:
     """How many times less compute the other needs."""
     if not math.isfinite(other):
-        return "never there" if math.isfinite(one) else "neither"
-    return f"{one / other:.2f}" if math.isfinite(one) else "only the walk"
+        return "-"
+    return f"{one / other:.2f}" if other else "1.00"
 
 
 def recipe_table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]) -> str:
-    """Compute that our recipe needs for the best scores that another one ever reaches."""
-    heads = ["", "rate", "metric", "its best", "at compute", "ours gets there at", "share of its compute"]
-    rows = [heads, ["---"] * len(heads)]
-    for label in list(found)[:-1]:
+    """Compute that our recipe needs for the best mean scores that another one ever reaches."""
+    ours = [label for label in found if label.startswith("ours")]
+    rows = [["", "rate", "metric", "its best", "at compute", *(f"{label} gets there at (share)" for label in ours)]]
+    rows.append(["---"] * len(rows[0]))
+    for label in [label for label in found if label not in ours]:
         for metric in METRICS:
-            other, ours = found[label], found["ours"]
-            place = min(range(min(map(len, other))), key=lambda i: mean_at(other, metric, i))
-            goal, theirs = mean_at(other, metric, place), statistics.fmean(points[place]["compute"] for points in other)
-            costs = [cost_to(points, metric, goal) for points in ours]
-            share = spread([cost / theirs for cost in costs]) if theirs else "it never improves"
-            rows.append([label, f"{chosen[label].lr:g}", metric, f"{goal:.3g}", f"{theirs:.0f}", spread(costs), share])
+            theirs, goal = best(found[label], metric)
+            row = [label, f"{chosen[label].lr:g}", metric, f"{goal:.3g}", f"{theirs:.0f}"]
+            for mine in ours:
+                own = [cost_to(points, metric, goal) for points in found[mine]]
+                row.append(
+                    f"{spread(own)} ({spread([cost / theirs for cost in own], 2) if theirs else 'it never improves'})"
+                )
+            rows.append(row)
     return f"{part.problem}, recipe: {len(part.seeds)} seeds\n\n{lines(rows)}"
 
 
@@ -88,6 +100,8 @@ def lines(rows: list[list[str]]) -> str:
 
 
 def table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]) -> str:
+    """A part's table as Markdown."""
+    found = {label: [paid(points, chosen[label]) for points in curves] for label, curves in found.items()}
     if part.name == "recipe":
         return recipe_table(part, found, chosen)
     if part.name == "starts":

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.shard_dataset import ShardDataset
 from models.classifier import Classifier, new_classifier
 from trainer.distributed.logs import log
 from trainer.distributed.world import barrier
@@ -97,6 +98,10 @@ def labelled(run: Run, split: str, labels: dict[str, str]) -> tuple[Tensor, list
     """All images of a split of the data, uint8 [N, 3, R, R], and their .json, which must have the keys of
     `labels`. Reads everything into memory."""
     dataset = run.dataset(split, ("image", "caption", "meta"))
+    if type(dataset) is not ShardDataset:
+        raise UserError(
+            f"data.{split}: the demo's classifier learns from shards on a disk, without data.weights: name some in data.labelled"
+        )
     samples = [dataset.read(row) for row in range(len(dataset))]
     for key in labels.values():
         if any(key not in sample["meta"] for sample in samples):

@@ -40,6 +40,16 @@ def score_at(points: Points, metric: str, cost: float, axis: str = "compute") ->
     return points[-1][metric]
 
 
+def mean_points(runs: Sequence[Points], metric: str, axis: str = "compute") -> list[dict]:
+    """The mean curve of several runs over the costs that all of them have reached; empty if there are none."""
+    low, high = max(points[0][axis] for points in runs), min(points[-1][axis] for points in runs)
+    costs = sorted({point[axis] for points in runs for point in points if low <= point[axis] <= high})
+    return [
+        {axis: cost, metric: statistics.fmean(score_at(points, metric, cost, axis) for points in runs)}
+        for cost in costs
+    ]
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and sample standard deviation of the finite values, and how many they are if not all."""
     finite = [value for value in values if math.isfinite(value)]

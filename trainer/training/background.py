@@ -40,10 +40,10 @@ class Background:
         """Leaves the call that lasts, and its thread, to themselves; another thread goes on with the next one."""
         _, *later = self.calls
         self.calls.clear()
-        for future, _, _ in later:
-            future.cancel()  # if the thread ever goes on, it skips them
+        # If the thread ever goes on, it skips what was cancelled; what it has begun meanwhile is not done again.
+        later = [(call, args) for future, call, args in later if future.cancel()]
         self._start()
-        for _, call, args in later:
+        for call, args in later:
             self.submit(call, *args)
 
     def close(self) -> None:

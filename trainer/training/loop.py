@@ -133,7 +133,7 @@ class Loop:
         line["tflops_per_gpu"] = stage.flops / pace / 1e12 if stage.flops else None
         self.saving = None
         self.metrics.line(step, line)
-        if step == stage.steps and line["skipped"]:
+        if (step == stage.steps or stage.ended) and line["skipped"]:
             log.info(f"{stage.name}: skipped samples by reason: {reasons(line['skipped'])}")
         for warning in self.health.observe(line):
             log.warning(f"{stage.name}, step {step}: {warning}")

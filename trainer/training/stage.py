@@ -75,7 +75,7 @@ class Stage(ABC):
     def _identity(self) -> dict:
         # These may change between a run and its resumption: how long it trains, what it shows, and how it is spread over
         # processes and network calls.
-        may_change = {"loop", "steps", "accumulation", "generator_split", "guidance_batch", "save_raw"}
+        may_change = {"loop", "steps", "accumulation", "generator_split", "guidance_batch", "save_raw", "settle"}
         fixed = self.settings.model_dump(mode="json", exclude=may_change)
         identity = {f"{self.name}.{k}": v for k, v in fixed.items() if not k.endswith("ds_config")}
         identity |= {"timestep_shift": self.run.settings.timestep_shift, "seed": self.run.settings.seed}
@@ -91,7 +91,7 @@ class Stage(ABC):
     def _selection(self) -> dict:
         """What decides which samples a step has, and how they are cut, as far as it is set."""
         data, plain = self.run.settings.data, DataSettings()
-        names = ("min_size", "filters", "crop", "flip")
+        names = ("min_size", "filters", "crop", "flip", "weights")
         chosen = {f"data.{name}": getattr(data, name) for name in names if getattr(data, name) != getattr(plain, name)}
         if data.buckets:
             chosen["data.buckets"] = [list(shape) for shape in data.shapes]
