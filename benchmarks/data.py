@@ -139,7 +139,7 @@ def run(folder: Path, seconds: float) -> Iterator[dict]:
             v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5]),
         ])  # fmt: skip
         stages = [webdataset.decode("pil"), webdataset.to_tuple("jpg", "txt"), webdataset.map_tuple(to_tensor, str)]
-        work = raws, lambda raw, size=size: resize_and_crop(decode(raw), size)[0]
+        work = raws, lambda raw, size=size: resize_and_crop(decode(raw), (size, size))[0]
         yield measure(f"images {name}", shards, ("image", "caption"), size, work, stages, seconds)
     encoded = [latent(i) for i in range(16)]
     shards = write_shards(({"__key__": f"{i:06d}"} | encoded[i % 16] for i in range(512)), folder / "latents", "s", 128)

@@ -1,11 +1,9 @@
-"""What a caption is, and captions files: captions of a folder's images by name."""
+"""What a caption is, and which one is an image's."""
 
-import json
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-
-from data.errors import DataError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list"}
 LONGEST = 100_000  # characters; tokenizers take seconds for more
@@ -40,17 +38,40 @@ def clean_caption(value: object) -> str:
     return text
 
 
+Entry = tuple[str, list[object]]  # of a captions file: a name and its distinct captions
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where an image's caption may come from: its entry by path (`own`), the .txt next to it, its entry by bare name.
+    otherwise: the reason for which it has none."""
+
+    own: Entry | None
+    bare: Entry | None
+    otherwise: str
+
+    def first(self, beside: Path | None) -> Entry:
+        """The first that there is; the .txt (`beside`) has the name "". Raises ValueError with the reason if there is none,
+        OSError if the .txt cannot be read."""
+        if self.own:
+            return self.own
+        if beside:
+            return "", [beside.read_bytes()]
+        if self.bare:
+            return self.bare
+        raise ValueError(self.otherwise)
+
+
 class Captions:
     """The captions of a folder's images, from the entries of a captions file and the .txt next to the images.
 
     An entry belongs to the image with its path below the folder, or else, if it is a bare name, to the only image of that
     name in any folder. Names match as they are, or else in Unicode's composed form: macOS writes decomposed names.
-    `unused`: entries that have not given an image its caption.
     """
 
     def __init__(self, entries: dict[str, list[object]], images: Sequence[str]):
         """entries: as from read_captions. images: their paths below the folder, with slashes."""
-        self._entries, self.unused = entries, set(entries)
+        self._entries = entries
         self._by_path = {image: image for image in images if image in entries}
         self._by_name: dict[str, str] = {}
         self._shared: set[str] = set()
@@ -70,25 +91,13 @@ class Captions:
                 else:
                     self._shared.update(namesakes)
 
-    def of(self, image: str, beside: Path | None) -> str:
-        """An image's caption: its entry by path, or the .txt next to it (`beside`), or its entry by bare name.
+    def of(self, image: str) -> "Origins":
+        """Where an image's caption may come from."""
+        own, bare = (self._entry(found.get(image)) for found in (self._by_path, self._by_name))
+        return Origins(own, bare, SHARED_NAME if image in self._shared else "no caption")
 
-        Raises ValueError with the reason if it has none that is clearly its own, OSError if the .txt cannot be read.
-        """
-        if entry := self._by_path.get(image):
-            return self._take(entry)
-        if beside:
-            return clean_caption(beside.read_bytes())
-        if entry := self._by_name.get(image):
-            return self._take(entry)
-        raise ValueError(SHARED_NAME if image in self._shared else "no caption")
-
-    def _take(self, entry: str) -> str:
-        self.unused.discard(entry)
-        captions = self._entries[entry]
-        if len(captions) > 1:
-            raise ValueError(SEVERAL_CAPTIONS)
-        return clean_caption(captions[0])
+    def _entry(self, name: str | None) -> "Entry | None":
+        return None if name is None else (name, self._entries[name])
 
 
 def _nfc(name: str) -> str:
@@ -104,65 +113,3 @@ def _grouped(images: Sequence[str], key: Callable[[str], str]) -> dict[str, list
     for image in images:
         groups.setdefault(key(image), []).append(image)
     return groups
-
-
-def read_captions(file: Path) -> dict[str, list[object]]:
-    """The distinct captions of each name, as they are written, from .json ({name: caption}), .jsonl (one {"file",
-    "caption"} per line) or .tsv (name, tab, caption per line). Raises DataError naming the line."""
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".tsv": _read_tsv}
-    suffix = file.suffix.lower()
-    if suffix not in readers:
-        raise DataError(f"captions file {file}: unknown format {suffix or '(no extension)'}: use {', '.join(readers)}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"captions file {file}: {error.strerror}: check --captions") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"captions file {file}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
-    entries: dict[str, list[object]] = {}
-    for name, caption in readers[suffix](file, text):
-        known = entries.setdefault(PurePosixPath(name).as_posix(), [])  # without a leading ./
-        if caption not in known:
-            known.append(caption)
-    return entries
-
-
-Entries = Iterator[tuple[str, object]]
-
-
-def _read_json(file: Path, text: str) -> Entries:
-    try:
-        # An object as a tuple of its pairs, not as a dict, which keeps only the last caption of a repeated name.
-        entries = json.loads(text, object_pairs_hook=lambda pairs: tuple(pairs))
-    except (ValueError, RecursionError) as error:
-        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
-        raise DataError(f"captions file {file}, line {line}: {reason}: fix the JSON") from error
-    if not isinstance(entries, tuple):
-        raise DataError(f'captions file {file}: must be a single object {{"name.png": "caption", ...}}')
-    yield from entries
-
-
-def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _read_jsonl(file: Path, text: str) -> Entries:
-    for number, line in _numbered_lines(text):
-        try:
-            record = json.loads(line)
-            name, caption = record["file"], record["caption"]
-            if not isinstance(name, str):
-                raise TypeError(name)
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise DataError(
-                f'captions file {file}, line {number}: must be {{"file": "name.png", "caption": "..."}}'
-            ) from error
-        yield name, caption
-
-
-def _read_tsv(file: Path, text: str) -> Entries:
-    for number, line in _numbered_lines(text):
-        name, tab, caption = line.rstrip("\r").partition("\t")
-        if not tab:
-            raise DataError(f"captions file {file}, line {number}: no tab: write name<TAB>caption")
-        yield name, caption

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from data.errors import DataError
+from data.processes import in_processes
 from data.rejects import reasons
 from data.settings import DataSettings
 from data.shard_dataset import SampleError, ShardDataset
@@ -13,7 +14,6 @@ from data.shard_index import load_index
 from data.shard_writer import write_shard
 from data.stream_tar import DamagedShard, tar_samples
 from data.streams import StreamDataset
-from data.validate import in_processes
 
 WANT = ("image", "caption", "meta")
 SAME_KEY = "key that another sample has"

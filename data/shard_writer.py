@@ -22,11 +22,7 @@ def write_shards(
     overwrite: replace all shards of this prefix. Raises DataError if the folder is not writable, or has shards of this
     prefix.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        existing = list_shards(out, prefix)
-    except OSError as error:
-        raise _unwritable(out, error) from error
+    existing = open_folder(out, prefix)
     if existing and not overwrite:
         raise DataError(
             f"{out} already holds {existing[0].name} ({len(existing)} shards of this prefix): "
@@ -35,13 +31,26 @@ def write_shards(
     shards: list[Path] = []
     stream = iter(samples)
     for first in stream:
-        final = out / f"{prefix}-{len(shards):06d}.tar"
+        final = shard_file(out, prefix, len(shards))
         write_shard(chain([first], islice(stream, per_shard - 1)), final)
         shards.append(final)
     for stale in set(existing) - set(shards):
         stale.unlink()
         index_file(stale).unlink(missing_ok=True)
     return shards
+
+
+def open_folder(out: Path, prefix: str) -> list[Path]:
+    """Creates a folder for shards; returns those of this prefix that it has. Raises DataError if that fails."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return list_shards(out, prefix)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def shard_file(out: Path, prefix: str, number: int) -> Path:
+    return out / f"{prefix}-{number:06d}.tar"
 
 
 def ensure_shards(keys: list[str], samples: Iterable[dict], out: Path, prefix: str, per_shard: int) -> None:

@@ -3,15 +3,13 @@
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from data.errors import DataError
+from data.processes import in_processes
 from data.settings import DataSettings
 from data.shard_dataset import SampleError, ShardDataset
 from data.shard_index import load_index
@@ -53,16 +51,6 @@ def validate(
         "broken": total.broken,
         "empty": total.empty,
     }
-
-
-def in_processes(action: Callable, items: Sequence, processes: int):
-    """The results of an action on each item, in order, from several processes; from this one if `processes` is 1."""
-    if processes <= 1:
-        yield from map(action, items)
-        return
-    context = get_context("fork")
-    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(action, items)
 
 
 class _Report:

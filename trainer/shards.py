@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -45,9 +46,11 @@ def images(args: argparse.Namespace) -> None:
         raise UserError("--images needs --out DIR, the folder for the shards")
     if args.per_shard < 1:
         raise UserError(f"--per-shard {args.per_shard}: must be at least 1")
-    made = build_from_folder(args.images, args.captions, args.out, args.per_shard)
+    say = partial(print, flush=True)
+    made = build_from_folder(args.images, args.captions, args.out, args.per_shard, args.processes, say)
+    kept = f" ({made['kept']} of them from before)" if made["kept"] else ""
     print(
-        f"{args.out}: {made['samples']} samples in {len(made['shards'])} shards; left out: {made['rejects'] or 'none'}; "
+        f"{args.out}: {made['samples']} samples in {len(made['shards'])} shards{kept}; left out: {made['rejects'] or 'none'}; "
         f"not read: {made['ignored'] or 'nothing'}"
     )
 
@@ -245,7 +248,10 @@ def _parser() -> Parser:
         help="latents (and text states) of shards as new shards in --out",
     )
     parser.add_argument(
-        "--captions", type=path_argument, metavar="FILE", help="with --images: .json, .jsonl or .tsv of captions"
+        "--captions",
+        type=path_argument,
+        metavar="FILE",
+        help="with --images: .json, .jsonl, .csv, .tsv or .parquet of captions",
     )
     parser.add_argument(
         "--out",
@@ -256,7 +262,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--repair", type=path_argument, metavar="OUT", help="with --validate: write clean copies of the shards into OUT"
     )
-    parser.add_argument("--processes", type=int, default=1, help="with --validate: how many read shards (default 1)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="with --validate and --images: how many share the work (default 1)"
+    )
     parser.add_argument("--decode", action="store_true", help="with --validate: decode every image too")
     reading = parser.add_argument_group("with --validate and --encode, as in the data settings of a run")
     reading.add_argument(

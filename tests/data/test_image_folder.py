@@ -164,7 +164,12 @@ def test_folder_mistakes(tmp_path, pictures):
         ("c.tsv", "a\tb\nc", "line 2"),
         ("c.json", '{"a":\n', "line 2"),
         ("d.json", "[1]", "single object"),
-        ("c.csv", "a,b", "unknown"),
+        ("c.csv", "a,b", "looked for one of file, path, image.* and one of caption"),
+        ("d.csv", "file,caption\na.png,x\nb.jpg,y,z", "line 3"),
+        ("d.tsv", "path\ttext\na.png", "line 2"),
+        ("d.jsonl", '{"file": "a", "title": "b"}', "looked for one of caption, text, prompt among file, title"),
+        ("c.parquet", "x", "cannot be read as Parquet"),
+        ("c.xml", "x", "unknown"),
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=f"{name}.*{named}"):

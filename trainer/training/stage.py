@@ -27,6 +27,7 @@ from trainer.distributed.world import mean_over_ranks, sum_over_ranks
 from trainer.engine.optimizer import learning_rate
 from trainer.engine.role import Role
 from trainer.engine.save_weights import Snapshot
+from trainer.training.device_batches import DeviceBatches, on_device
 from trainer.training.inputs import choose_inputs, offload_unused
 from trainer.training.metrics import Meters
 from trainer.training.preview import preview_grid
@@ -56,7 +57,7 @@ class Stage(ABC):
         self.local_batch = self.micro * settings.accumulation
         prepare_shards(run, "train")
         self.inputs, self.dataset = inputs, run.dataset("train", inputs, settings.batch)
-        self.batches: Batches | StreamBatches | None = None
+        self.batches: Batches | StreamBatches | DeviceBatches | None = None
         self.used, self.lost = 0, Counter()  # samples that this process has read, and skipped by reason
         self.noise = run.noise(name)
         self.meters, self.counts = Meters(self.split), SampleCounts(run.world)
@@ -121,7 +122,8 @@ class Stage(ABC):
     def begin(self, step: int) -> None:
         """Called once before training, after a resume: opens the data at a step."""
         workers = self.run.settings.data.workers
-        self.batches = open_batches(self.dataset, self.split, self.world.rank, step, workers, self.read_every)
+        batches = open_batches(self.dataset, self.split, self.world.rank, step, workers, self.read_every)
+        self.batches = on_device(batches, self.world.device)
         if isinstance(self.dataset, StreamDataset):
             log.info(
                 f"{self.name}: data.train is streamed: shards are drawn at random, and a resumed run goes on with other samples "
