@@ -1,17 +1,22 @@
 """Samples per second and core of reading: our local shards and streams beside the bare decoder and plain WebDataset.
 
     python -m benchmarks.data [--seconds 3]
+    python -m benchmarks.data --open 10000
 
 Prints one JSON line per kind of sample. One process with one thread reads the same shards in four ways, in turn, and the best of
 three rounds counts. "decoder" is what must be done to a sample anyhow, on bytes in memory: decoding, resizing, cropping and
 stacking; unpacking and stacking tensors; cleaning a caption. "webdataset" is the pipeline that its documentation recommends, with the
 same shuffle buffer as our stream, Pillow's decoder and torchvision's resize.
+
+--open measures the opening of that many shards of four samples instead, in seconds, plain and with a filter: for the first time,
+again from the shards' own indexes and facts, and again from the one file of data/gathered_file.py.
 """
 
 import argparse
 import io
 import itertools
 import json
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +31,13 @@ from torchvision.transforms import v2
 
 from data.captions import clean_caption
 from data.encoded import RECORD_KEY, pack_tensors, unpack_tensors
+from data.gathered_file import PREFIX
 from data.images import decode, resize_and_crop
 from data.loader import Batches
 from data.sampling_order import BatchSplit
 from data.settings import DataSettings
 from data.shard_dataset import ShardDataset
+from data.shard_patterns import expand
 from data.shard_writer import write_shards
 from data.streams import StreamBatches, StreamDataset
 
@@ -158,13 +165,40 @@ def run(folder: Path, seconds: float) -> Iterator[dict]:
     yield measure("captions", shards, ("caption",), 1024, work, stages, seconds)
 
 
+def tiny_shards(folder: Path, count: int) -> None:
+    """Shards of four samples, written as fast as can be."""
+    raw = {"jpg": picture(16, 0), "txt": TEXT.encode(), "json": b'{"score": 5}'}
+    for number in range(count):
+        with tarfile.open(folder / f"s-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample, (end, data) in itertools.product(range(4), raw.items()):
+                info = tarfile.TarInfo(f"{number:06d}{sample}.{end}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def openings(folder: Path, count: int) -> Iterator[dict]:
+    """Seconds to open so many shards."""
+    tiny_shards(folder, count)
+    for name, filters in (("plain", []), ("filtered", ["score >= 1", "width >= 8"])):
+        keys, line = DataSettings(filters=filters).keys, {"open": name, "shards": count}
+        for way in ("first", "indexes", "file"):
+            if way == "indexes":
+                for file in folder.glob(f"{PREFIX}*"):
+                    file.unlink()
+            began = time.perf_counter()
+            line["samples"] = len(ShardDataset(expand(str(folder)), 16, **keys))
+            line[way] = round(time.perf_counter() - began, 2)
+        yield line
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="per way of reading")
+    parser.add_argument("--open", type=int, metavar="SHARDS", help="measure opening so many shards instead")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for line in run(Path(folder), args.seconds):
+        for line in openings(Path(folder), args.open) if args.open else run(Path(folder), args.seconds):
             print(json.dumps(line), flush=True)
     return 0
 

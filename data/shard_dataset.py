@@ -15,14 +15,15 @@ from data.buckets import Size
 from data.caption_source import CaptionSource
 from data.captions import clean_caption
 from data.draws import uniform
-from data.encoded import CAPTIONS_KEY, EXTENSION, RECORD_KEY, TENSORS, check_same_encoding, encoding_of, unpack_tensors
+from data.encoded import CAPTIONS_KEY, RECORD_KEY, TENSORS, unpack_tensors
 from data.errors import DataError
+from data.gathered_file import gather
+from data.gathered_shards import ENCODED_CAPTIONS, Reading
 from data.images import ImageTooLarge, decode, resize_and_crop
 from data.sampling_order import SampleOrder
-from data.selected_rows import NothingSelectedError, select
+from data.selected_rows import NothingSelectedError
 from data.selection import Selection
 from data.settings import DataSettings
-from data.shard_index import EMPTY, load_index, usable_rows
 
 LARGEST = {"caption": 1 << 22, "meta": 1 << 24}  # bytes that are read of a sample; of the other members MAX_MEMBER
 MAX_MEMBER = 1 << 30
@@ -83,61 +84,24 @@ class ShardDataset(Dataset):
         self.seed, self.selection = seed, selection
         self.shapes = selection.buckets or ((resolution, resolution),)
         configured = self._source = CaptionSource.of(caption_key, caption_field)
-        self.paths: list[Path] = []
-        self.rejected: Counter[str] = Counter()
-        self._keys: list[np.ndarray] = []  # one array per shard: one for all would be as wide as the longest key
-        buckets: list[np.ndarray] = []
-        first, self.encoding = None, None  # the first shard's index, and how all shards are encoded, if they are
-        for index in map(load_index, map(Path, paths)):
-            if not len(index):
-                self.rejected[EMPTY] += 1
-                continue
-            if first is None:
-                first, self.encoding = index, encoding_of(index)
-                if self.encoding:
-                    self._source = CaptionSource.of(DEFAULTS.caption_key, "")
-                    self._several = configured if isinstance(caption_field, dict) and caption_field else None
-                extensions = self._extensions(image_keys)
-                columns: dict[str, list[np.ndarray]] = {what: [] for what in extensions}
-                required = {what: extensions[what] for what in extensions if what != "meta"}
-            check_same_encoding(first, self.encoding, index)
-            rows, rejects = usable_rows(index, required, (image_keys, self._source.extensions))
-            self.rejected += rejects
-            rows, bucket, rejects = select(selection, index, rows, image_keys, configured)
-            self.rejected += rejects
-            buckets.append(bucket)
-            self.paths.append(index.tar)
-            self._keys.append(index.keys[rows])
-            for what, column in columns.items():
-                column.append(np.stack(index.locate(extensions[what]), axis=1)[rows])
-        if first is None:
-            what = (
-                f"none of the {len(paths)} shards has a sample (the first is {paths[0]})"
-                if paths
-                else "no shards to read"
-            )
-            raise DataError(f"{what}: set data.train, or build shards with `disback shards`")
-        self._places = {what: np.concatenate(column) for what, column in columns.items()}  # offset, size: int64 [N, 2]
+        paths = [Path(path) for path in paths]
+        gathered = gather(paths, Reading(self.want, tuple(image_keys), configured, selection))
+        self.encoding, self.rejected = gathered.encoding, gathered.rejected
+        if self.encoding:
+            self._source = ENCODED_CAPTIONS
+            self._several = configured if isinstance(caption_field, dict) and caption_field else None
+        self.paths = [paths[shard] for shard in gathered.shards.tolist()]
+        self._keys, self._places = gathered.keys, gathered.places
         self._first = np.cumsum([0] + [len(keys) for keys in self._keys])  # first row of each shard
         if not len(self):
-            raise NothingSelectedError(first.tar.parent if len(paths) > 1 else first.tar, self.rejected)
-        self._bucket = np.concatenate(buckets)
+            raise NothingSelectedError(self.paths[0].parent if len(paths) > 1 else self.paths[0], self.rejected)
+        self._bucket = gathered.buckets
         self.counts = np.bincount(self._bucket, minlength=len(self.shapes)).tolist()  # samples by bucket
         self.order = (
             BucketOrder(self._bucket, seed, batch) if selection.buckets else SampleOrder(int(self._first[-1]), seed)
         )
         self._files: dict[int, int] = {}
         self._process = os.getpid()
-
-    def _extensions(self, image_keys: list[str]) -> dict[str, list[str]]:
-        """The file extensions of what is read."""
-        reads = set(self.want - TENSORS.keys())
-        if self.want & TENSORS.keys():
-            reads |= {"tensors", "meta"}
-        if self._source.fields and "caption" in reads:
-            reads |= {"meta"}
-        every = {"caption": self._source.extensions, "image": image_keys, "tensors": [EXTENSION], "meta": ["json"]}
-        return {what: every[what] for what in every if what in reads}
 
     def __len__(self) -> int:
         """Number of usable samples: the length of an epoch. Positions may exceed it."""

@@ -16,6 +16,7 @@ from data.buckets import Size
 from data.caption_source import CaptionSource
 from data.encoded import EXTENSION, RECORD_KEY, encoding_in
 from data.errors import DataError
+from data.gathered_shards import ENCODED_CAPTIONS, extensions_read
 from data.loader import NOT_READ, PREFETCH, Batch, collate, stop_signals_blocked
 from data.mixture import Mixture
 from data.rejects import ENOUGH, RETRIED, reasons
@@ -23,7 +24,7 @@ from data.remote_files import CannotRead, open_url
 from data.sampling_order import BatchSplit
 from data.selection import Selection
 from data.settings import DataSettings
-from data.shard_dataset import DEFAULTS, SampleError, ShardDataset, check_size
+from data.shard_dataset import SampleError, ShardDataset, check_size
 from data.shard_index import DOTTED
 from data.stream_tar import DamagedShard, hidden_samples, tar_samples
 
@@ -54,9 +55,9 @@ class StreamDataset(ShardDataset):
         self.shapes, self.counts = (data.size,), [HEAD]
         configured = self._source = CaptionSource.of(data.caption_key, data.caption_field)
         if self.encoding:
-            self._source = CaptionSource.of(DEFAULTS.caption_key, "")
+            self._source = ENCODED_CAPTIONS
             self._several = configured if isinstance(data.caption_field, dict) else None
-        self._places = self._extensions(data.image_keys)
+        self._places = extensions_read(self.want, data.image_keys, self._source)
         self._places = {what: [end.lower() for end in ends] for what, ends in self._places.items()}
         self._ends = tuple([end.lower() for end in ends] for ends in (data.image_keys, self._source.extensions))
         self._files, self._process, self._raw = {}, -1, {}

@@ -5,6 +5,7 @@ import time
 
 from data.caption_source import CaptionSource
 from data.errors import DataError
+from data.gathered_file import was_gathered
 from data.selected_rows import facts_wanted
 from data.shard_facts import load_facts
 from data.shard_index import load_index
@@ -28,8 +29,9 @@ def prepare_shards(run: Run, split: str) -> None:
         return
     paths = expand(named, setting)
     writable = {folder: os.access(folder, os.W_OK) for folder in {path.parent for path in paths}}
-    mine = [path for path in paths if writable[path.parent]][run.world.rank :: run.world.size]
     wanted = facts_wanted(data.selection, data.image_keys, CaptionSource.of(data.caption_key, data.caption_field))
+    lacking = [] if was_gathered(paths, wanted) else [path for path in paths if writable[path.parent]]
+    mine = lacking[run.world.rank :: run.world.size]
     began = shown = time.monotonic()
     try:
         for done, path in enumerate(mine, 1):
