@@ -5,12 +5,13 @@ from collections import Counter
 from data.errors import DataError
 
 ENOUGH = 1000  # samples before a share says something
+LEFT_OUT = "left out: "  # how the reasons of filters and sizes begin: such samples are not unusable
 RETRIED = "interrupted read, continued"  # counted like a reason, though no sample is lost by it
 
 
 def samples_lost(skipped: Counter[str] | dict[str, int]) -> int:
-    """How many of the counts are of samples (or whole shards) that were left out."""
-    return sum(count for reason, count in skipped.items() if reason != RETRIED)
+    """How many of the counts are of samples (or whole shards) that cannot be used."""
+    return sum(count for reason, count in skipped.items() if reason != RETRIED and not reason.startswith(LEFT_OUT))
 
 
 def reasons(skipped: Counter[str] | dict[str, int]) -> str:

@@ -8,6 +8,7 @@ from data.buckets import nearest_bucket
 from data.caption_source import CaptionSource
 from data.errors import DataError
 from data.filters import MEASURED, Filter
+from data.rejects import LEFT_OUT
 from data.selection import Selection
 from data.shard_facts import ShardFacts, Wanted, load_facts
 from data.shard_index import ShardIndex
@@ -53,14 +54,14 @@ def select(
     if wanted.image_keys:
         keep(facts.sizes.min(axis=1) > 0, NO_SIZE)
     if selection.min_size:
-        keep(facts.sizes.min(axis=1) >= selection.min_size, f"short side below {selection.min_size} pixels")
+        keep(facts.sizes.min(axis=1) >= selection.min_size, f"{LEFT_OUT}short side below {selection.min_size} pixels")
     for each in selection.filters:
         if each.field in MEASURED:
-            keep(each.of_numbers(_measured(each.field, facts)), f"not {each}")
+            keep(each.of_numbers(_measured(each.field, facts)), f"{LEFT_OUT}not {each}")
         else:
             has, fulfilled = each.of_field(facts.field(each.field))
-            keep(has, f"no {_kind(each)} {each.field} for the filter {each}")
-            keep(fulfilled, f"not {each}")
+            keep(has, f"{LEFT_OUT}no {_kind(each)} {each.field} for the filter {each}")
+            keep(fulfilled, f"{LEFT_OUT}not {each}")
     buckets = (
         nearest_bucket(facts.sizes[rows], selection.buckets) if selection.buckets else np.zeros(len(rows), np.int16)
     )

@@ -165,10 +165,10 @@ def test_rejects_are_counted_by_their_first_reason(sized):
     dataset = opened(tars, min_size=8, filters=["score >= 1", "nsfw == false"])
     assert dataset.rejected == {
         "image size is not readable": 1,
-        "short side below 8 pixels": 4,  # 7 x 9
-        "no number score for the filter score >= 1.0": 2,
-        "not score >= 1.0": 1,
-        "not nsfw == false": 6,
+        "left out: short side below 8 pixels": 4,  # 7 x 9
+        "left out: no number score for the filter score >= 1.0": 2,
+        "left out: not score >= 1.0": 1,
+        "left out: not nsfw == false": 6,
     }
     with pytest.raises(DataError, match=r"no sample of .* is left \(24 x not score >= 100.0\): change data.filters"):
         opened(sized(folder="again"), filters=["score >= 100"])

@@ -38,3 +38,10 @@ def test_a_stage_stops_or_tells(root, world, monkeypatch):
     with pytest.raises(DataError, match="unusable, more than data.max_rejected=0.5 allows"):
         recorded(root, world, "many-bad", 30)
     recorded(root, world, "allowed-bad", 30, "data.max_rejected=0.9")
+
+
+def test_what_filters_leave_out_is_not_unusable():
+    """A filter may keep a hundredth of the samples."""
+    rejects.check_rejects(100, {"left out: not aesthetic >= 6.25": 9900}, 0.5)
+    with pytest.raises(DataError, match="1100 of 1200 samples"):
+        rejects.check_rejects(100, {"left out: not aesthetic >= 6.25": 9900, "image does not decode": 1100}, 0.5)
