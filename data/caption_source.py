@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from data.captions import clean_caption
 from data.draws import uniform
@@ -31,7 +32,7 @@ class CaptionSource:
         """The fields of the .json."""
         return [name for name, _ in self.weights if name != self.key]
 
-    @property
+    @cached_property
     def extensions(self) -> list[str]:
         """Of the files that captions are in."""
         return [self.key] * any(name == self.key for name, _ in self.weights) + ["json"] * bool(self.fields)
@@ -70,8 +71,10 @@ class CaptionSource:
 
     def choose(self, found: dict[str, str], seed: int, position: int) -> str:
         """The source of the caption at a global position, among those that the sample has, by their weights."""
+        if len(found) == 1:
+            return next(iter(found))
         weights = [(name, weight) for name, weight in self.weights if name in found]
-        left = uniform(seed, position, "caption") * sum(weight for _, weight in weights) if len(weights) > 1 else 0.0
+        left = uniform(seed, position, "caption") * sum(weight for _, weight in weights)
         for name, weight in weights[:-1]:
             left -= weight
             if left < 0:

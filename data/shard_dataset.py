@@ -152,7 +152,8 @@ class ShardDataset(Dataset):
         """A row's key, caption and meta; of several captions that of a global position (default: the row's number). Raises
         SampleError if the sample is broken, DataError if its shard is."""
         try:
-            meta = json.loads(self._read(row, "meta") or b"{}")
+            raw = self._read(row, "meta")
+            meta = json.loads(raw) if raw else {}
         except (ValueError, RecursionError) as error:
             raise SampleError("json does not parse") from error
         if not isinstance(meta, dict):

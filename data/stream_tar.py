@@ -104,5 +104,6 @@ def _complete(sample: dict, names: set[str], skipped: Counter[str]) -> Iterator[
 
 def hidden_samples(names: Collection[str], image: list[str], caption: list[str]) -> int:
     """How many samples of their own a sample hides behind dots in their names (see shard_index.DOTTED)."""
-    middles = {name.rpartition(".")[0] for name in names if "." in name}
+    if not (middles := {name.rpartition(".")[0] for name in names if "." in name}):
+        return 0
     return sum(all(any(f"{middle}.{end}" in names for end in ends) for ends in (image, caption)) for middle in middles)

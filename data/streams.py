@@ -145,15 +145,15 @@ class StreamDataset(ShardDataset):
                 skipped[RETRIED] += interruptions
 
     def usable(self, raws: Iterator[dict], kept: list[dict] | None = None, first: int = 0) -> Iterator[dict]:
-        """The decoded samples, with "skipped". kept: raw ones are collected there. first: their first number. Raises DataError if the first ENOUGH are
-        all unusable, or as many in a row later."""
+        """The decoded samples, with "skipped". kept: raw ones are collected there. first: the number of the first sample.
+        Raises DataError if the first ENOUGH are all unusable, or as many in a row later."""
         skipped: Counter[str] = Counter()
         lost = 0
-        for raw in raws:
+        for number, raw in enumerate(raws, first):
             if SKIPPED in raw:
                 skipped.update(raw.pop(SKIPPED))
             try:
-                sample = self.decode(raw)
+                sample = self.decode(raw, number)
             except SampleError as reason:
                 skipped[str(reason)] += 1
                 lost += 1
