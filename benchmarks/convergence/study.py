@@ -132,7 +132,8 @@ def recipes(problem: str, ours: Recipe, budget: float, seeds: tuple[int, ...] = 
 FULL = [
     Part("photographs", "paper", methods(PIXELS), grid=PIXEL_RATES, picks=PICK[:1]),
     recipes("digits", DIGITS, 1200),
-    Part("digits", "dmd", methods(DIGITS), grid=RATES),
+    Part("digits", "dmd", methods(DIGITS), grid=RATES, picks=PICK[:1]),
+    Part("digits", "dmd, equal rates", methods(DIGITS)),
     recipes("emoji", EMOJI, 603, FEW),
     Part("emoji", "dmd", methods(EMOJI), FEW),
     Part("emoji-pixels", "paper", methods(PIXELS)),
