@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 Size = tuple[int, int]  # height, width
 LONGEST = 8  # times its short side is a bucket's long side at most
 WIDEST = 2  # the same of a bucket that `auto_shapes` makes
@@ -33,15 +31,3 @@ def check_shapes(shapes: Sequence[Size]) -> None:
             raise ValueError(f"bucket {list(shape)}: both sides must be positive, at most {LONGEST} times each other")
         if shape in shapes[:number]:
             raise ValueError(f"bucket {list(shape)} is given twice")
-
-
-def nearest_bucket(sizes: np.ndarray, shapes: Sequence[Size]) -> np.ndarray:
-    """The number of the shape whose aspect ratio's logarithm is nearest to each image's, int16 [N]; of equally near ones the
-    first. sizes: [N, 2], height and width."""
-    ratios = np.log(np.asarray(sizes, np.float64)[:, 0]) - np.log(np.asarray(sizes, np.float64)[:, 1])
-    best, distance = np.zeros(len(ratios), np.int16), np.full(len(ratios), np.inf)
-    for number, (height, width) in enumerate(shapes):
-        away = np.abs(ratios - (np.log(height) - np.log(width)))
-        nearer = away < distance - 1e-12  # rounding must not decide between two equal shapes
-        best[nearer], distance[nearer] = number, away[nearer]
-    return best

@@ -5,11 +5,16 @@ A literal is a number, true, false, or a text, with quotes if it is not a single
 """
 
 import json
+import math
 import operator
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # settings are read without numpy
+    import numpy as np
+
+    from data.field_column import FieldColumn
 
 MEASURED = ("width", "height", "aspect", "caption_length")
 OPERATORS = {
@@ -23,34 +28,6 @@ OPERATORS = {
 FORM = re.compile(r"\s*([\w.\-/ ]*?[\w\-/])\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
 NONE, BOOLEAN, NUMBER, TEXT, OTHER = range(5)  # kinds of a field's value
 KINDS = {BOOLEAN: "true or false", NUMBER: "a number", TEXT: "a text"}
-
-
-@dataclass(frozen=True)
-class FieldColumn:
-    """A field's values in N samples. kind: uint8 [N]. number: float64 [N], also of true and false. text: of each TEXT, the
-    place in `values`, int32 [N]."""
-
-    kind: np.ndarray
-    number: np.ndarray
-    text: np.ndarray
-    values: np.ndarray
-
-    @classmethod
-    def of(cls, found: list[object]) -> "FieldColumn":
-        """From the values of a .json's field; None where there is none."""
-        kind, number = np.zeros(len(found), np.uint8), np.full(len(found), np.nan)
-        text, values = np.full(len(found), -1, np.int32), {}
-        for row, value in enumerate(found):
-            if value is None:
-                continue
-            if isinstance(value, str):
-                kind[row], text[row] = TEXT, values.setdefault(value, len(values))
-            elif isinstance(value, bool | int | float):
-                kind[row] = BOOLEAN if isinstance(value, bool) else NUMBER
-                number[row] = min(max(value, -1e300), 1e300)
-            else:
-                kind[row] = OTHER
-        return cls(kind, number, text, np.array([value.encode("utf-8", "replace") for value in values], np.bytes_))
 
 
 @dataclass(frozen=True)
@@ -84,11 +61,11 @@ class Filter:
         """Of the values that it compares with."""
         return BOOLEAN if isinstance(self.literal, bool) else NUMBER if isinstance(self.literal, float) else TEXT
 
-    def of_numbers(self, values: np.ndarray) -> np.ndarray:
+    def of_numbers(self, values: "np.ndarray") -> "np.ndarray":
         """Whether numbers fulfil it, bool [N]."""
         return OPERATORS[self.operator](values, self.literal)
 
-    def of_field(self, column: FieldColumn) -> tuple[np.ndarray, np.ndarray]:
+    def of_field(self, column: "FieldColumn") -> tuple["np.ndarray", "np.ndarray"]:
         """Whether the samples have a value of this kind, and whether they fulfil the filter, bool [N] each."""
         has = column.kind == self.kind
         if self.kind != TEXT:
@@ -113,7 +90,7 @@ def _literal(raw: str, text: str) -> bool | float | str:
         if not re.fullmatch(r"[\w.\-/]+", raw):
             raise ValueError(f"filter {text!r}: {raw!r} is no single value: quote a text of several words") from None
         return raw
-    if not np.isfinite(number):
+    if not math.isfinite(number):
         raise ValueError(f"filter {text!r}: {raw} is no finite number")
     return number
 

@@ -111,7 +111,7 @@ def _from_start(path: Path, settings: DataSettings, left_out: Counter) -> Iterat
             for raw in tar_samples(tar, left_out):
                 key, sample = raw["__key__"], {end: value for end, value in raw.items() if end != "__names__"}
                 try:
-                    decoder.decode(raw | {"__url__": str(path)})
+                    decoder.decode(raw | {"__url__": str(path)}, 0)
                 except SampleError as reason:
                     left_out[str(reason)] += 1
                     continue

@@ -1,10 +1,11 @@
 """The samples of a shard that a selection leaves, and their buckets."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
-from data.buckets import nearest_bucket
+from data.buckets import Size
 from data.caption_source import CaptionSource
 from data.errors import DataError
 from data.filters import MEASURED, Filter
@@ -66,6 +67,18 @@ def select(
         nearest_bucket(facts.sizes[rows], selection.buckets) if selection.buckets else np.zeros(len(rows), np.int16)
     )
     return rows, buckets, +rejects
+
+
+def nearest_bucket(sizes: np.ndarray, shapes: Sequence[Size]) -> np.ndarray:
+    """The number of the shape whose aspect ratio's logarithm is nearest to each image's, int16 [N]; of equally near ones the
+    first. sizes: [N, 2], height and width."""
+    ratios = np.log(np.asarray(sizes, np.float64)[:, 0]) - np.log(np.asarray(sizes, np.float64)[:, 1])
+    best, distance = np.zeros(len(ratios), np.int16), np.full(len(ratios), np.inf)
+    for number, (height, width) in enumerate(shapes):
+        away = np.abs(ratios - (np.log(height) - np.log(width)))
+        nearer = away < distance - 1e-12  # rounding must not decide between two equal shapes
+        best[nearer], distance[nearer] = number, away[nearer]
+    return best
 
 
 def _measured(field: str, facts: ShardFacts) -> np.ndarray:

@@ -15,7 +15,8 @@ import numpy as np
 from data.caption_source import CaptionSource
 from data.encoded import EXTENSION, RECORD_KEY
 from data.errors import DataError
-from data.filters import FieldColumn, lookup
+from data.field_column import FieldColumn
+from data.filters import lookup
 from data.image_size import image_size
 from data.npz_files import write_npz
 from data.shard_index import ShardIndex

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from data.filters import FieldColumn, Filter, lookup
+from data.field_column import FieldColumn
+from data.filters import Filter, lookup
 from data.settings import DataSettings
 
 

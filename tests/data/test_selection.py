@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data.buckets import auto_shapes, check_shapes, nearest_bucket
+from data.buckets import auto_shapes, check_shapes
 from data.errors import DataError
 from data.images import decode, resize_and_crop
 from data.loader import Batches
 from data.sampling_order import BatchSplit
+from data.selected_rows import nearest_bucket
 from data.settings import DataSettings
 from data.shard_dataset import ShardDataset
 from data.shard_facts import facts_file
@@ -170,7 +171,9 @@ def test_rejects_are_counted_by_their_first_reason(sized):
         "left out: not score >= 1.0": 1,
         "left out: not nsfw == false": 6,
     }
-    with pytest.raises(DataError, match=r"no sample of .* is left \(24 x not score >= 100.0\): change data.filters"):
+    with pytest.raises(
+        DataError, match=r"no sample of .* is left \(24 x left out: not score >= 100.0\): change data.filters"
+    ):
         opened(sized(folder="again"), filters=["score >= 100"])
 
 

@@ -107,7 +107,7 @@ def history(records: list[dict]) -> dict[int, dict]:
 
 def numbers(line: dict) -> dict[str, float]:
     """The values of a metrics line that a tracker gets."""
-    return {key: value for key, value in line.items() if key != "step" and value is not None}
+    return {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
 
 
 def lines(folder: Path) -> list[dict]:
