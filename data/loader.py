@@ -73,18 +73,20 @@ class Batches:
             raise ValueError(f"rank {rank} is not one of the {split.world} ranks of {split}")
         self._split, self._rank = split, rank
         self._step, self._part, self._every = start_step, 0, every
-        loader = DataLoader(
-            _MicroBatches(dataset),
-            batch_sampler=_PositionSampler(split, rank, start_step, every),
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=PREFETCH if workers else None,
+        reading = {
+            "num_workers": workers,
+            "pin_memory": torch.cuda.is_available(),
+            "prefetch_factor": PREFETCH if workers else None,
             # A generator of its own: otherwise the loader draws a seed from the global one, and a resumed run differs.
-            generator=torch.Generator().manual_seed(0),
-        )
+            "generator": torch.Generator().manual_seed(0),
+        }
         with stop_signals_blocked():
-            self._batches: Iterator[dict | DataError] | None = iter(loader)
+            self._batches: Iterator[dict | DataError] | None = iter(self._loader(dataset, reading))
+
+    def _loader(self, dataset: Dataset, reading: dict) -> DataLoader:
+        """The collated micro-batches from the first step on. reading: how DataLoader reads."""
+        places = _PositionSampler(self._split, self._rank, self._step, self._every)
+        return DataLoader(_MicroBatches(dataset), batch_sampler=places, collate_fn=collate, **reading)
 
     def __iter__(self) -> Batches:
         return self

@@ -102,7 +102,7 @@ def _urls(entry: str, setting: str) -> list[str]:
     return [url for text in expand_braces(entry, setting) for url in expand_url(text, setting)]
 
 
-def open_batches(dataset: Source, *place: object) -> Batches | StreamBatches:
+def open_batches(dataset: Source, *place: object) -> Batches:
     """One rank's micro-batches of a dataset; the other arguments are those of Batches."""
     return StreamBatches(dataset, *place) if isinstance(dataset, StreamDataset) else Batches(dataset, *place)
 

@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import IO
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import DataPipeline, ResampledShards, detshuffle
 
@@ -17,11 +16,10 @@ from data.caption_source import CaptionSource
 from data.encoded import EXTENSION, RECORD_KEY, encoding_in
 from data.errors import DataError
 from data.gathered_shards import ENCODED_CAPTIONS, extensions_read
-from data.loader import NOT_READ, PREFETCH, Batch, collate, stop_signals_blocked
+from data.loader import Batches, collate
 from data.mixture import Mixture
 from data.rejects import ENOUGH, RETRIED, reasons
 from data.remote_files import CannotRead, open_url
-from data.sampling_order import BatchSplit
 from data.selection import Selection
 from data.settings import DataSettings
 from data.shard_dataset import SampleError, ShardDataset, check_size
@@ -241,49 +239,10 @@ def _as_it_is(batch: dict | DataError) -> dict | DataError:
     return batch
 
 
-class StreamBatches:
-    """`Batches` of a stream. The step that it starts at seeds it: a run that resumes there goes on with other samples than
-    the one that was not stopped, but always with the same ones."""
+class StreamBatches(Batches):
+    """`Batches` of a StreamDataset. The step that it starts at seeds it: a run that resumes there goes on with other samples
+    than the one that was not stopped, but always with the same ones. Steps that are not read use up no samples."""
 
-    def __init__(
-        self,
-        dataset: StreamDataset,
-        split: BatchSplit,
-        rank: int,
-        start_step: int = 0,
-        workers: int = 0,
-        every: int = 1,
-    ):
-        """As for Batches. Steps that are not read use up no samples."""
-        self._split, self._rank = split, rank
-        self._step, self._part, self._every = start_step, 0, every
-        loader = DataLoader(
-            _RankStream(dataset, split.micro_batch, rank, start_step),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=PREFETCH if workers else None,
-            generator=torch.Generator().manual_seed(0),
-        )
-        with stop_signals_blocked():
-            self._batches: Iterator | None = iter(loader)
-
-    def __iter__(self) -> "StreamBatches":
-        return self
-
-    def __next__(self) -> Batch:
-        """The next micro-batch. Raises DataError if the source is broken, RuntimeError after close()."""
-        if self._batches is None:
-            raise RuntimeError("these batches are closed")
-        fields = next(self._batches) if self._step % self._every == 0 else NOT_READ
-        if isinstance(fields, DataError):
-            raise fields
-        index = list(self._split.rows(self._part, self._rank))
-        self._part = (self._part + 1) % self._split.accumulation
-        self._step += self._part == 0
-        return Batch(**fields, index=index)
-
-    def close(self) -> None:
-        """Stops the loader processes. Calling it twice is harmless."""
-        self._batches = None
+    def _loader(self, dataset: StreamDataset, reading: dict) -> DataLoader:
+        samples = _RankStream(dataset, self._split.micro_batch, self._rank, self._step)
+        return DataLoader(samples, batch_size=None, collate_fn=_as_it_is, **reading)

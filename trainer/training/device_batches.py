@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch, Batches
-from data.streams import StreamBatches
 
 
-def on_device(batches: Batches | StreamBatches, device: torch.device) -> "Batches | StreamBatches | DeviceBatches":
+def on_device(batches: Batches, device: torch.device) -> "Batches | DeviceBatches":
     """The same micro-batches in the same order, with their images and encoded tensors on the device; unchanged on a CPU."""
     return DeviceBatches(batches, device, torch.cuda) if device.type == "cuda" else batches
 
@@ -19,7 +18,7 @@ class DeviceBatches:
     ahead is no state: a resumed run opens its batches at its step. Without this the copy would start after an update, at
     whose end the host waits for the GPU."""
 
-    def __init__(self, batches: Batches | StreamBatches, device: torch.device, streams: ModuleType):
+    def __init__(self, batches: Batches, device: torch.device, streams: ModuleType):
         """streams: torch.cuda, or what has its Stream, stream and current_stream."""
         self._batches, self._device, self._streams = batches, device, streams
         self._stream = streams.Stream(device)

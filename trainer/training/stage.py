@@ -14,7 +14,7 @@ from data.rejects import RETRIED, check_rejects, samples_lost
 from data.sampling_order import BatchSplit
 from data.settings import DataSettings
 from data.sources import open_batches
-from data.streams import StreamBatches, StreamDataset
+from data.streams import StreamDataset
 from models.compile import set_deterministic, set_tf32
 from models.conditioning import Conditioning
 from models.profile import pass_flops
@@ -57,7 +57,7 @@ class Stage(ABC):
         self.local_batch = self.micro * settings.accumulation
         prepare_shards(run, "train")
         self.inputs, self.dataset = inputs, run.dataset("train", inputs, settings.batch)
-        self.batches: Batches | StreamBatches | DeviceBatches | None = None
+        self.batches: Batches | DeviceBatches | None = None
         self.used, self.lost = 0, Counter()  # samples that this process has read, and skipped by reason
         self.noise = run.noise(name)
         self.meters, self.counts = Meters(self.split), SampleCounts(run.world)
