@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.filters import BOOLEAN, NUMBER, OTHER, TEXT
+from data.filters import BOOLEAN, NUMBER, OPERATORS, OTHER, TEXT, Filter
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,12 @@ class FieldColumn:
             else:
                 kind[row] = OTHER
         return cls(kind, number, text, np.array([value.encode("utf-8", "replace") for value in values], np.bytes_))
+
+    def fulfilling(self, wanted: Filter) -> tuple[np.ndarray, np.ndarray]:
+        """Whether the samples have a value of the filter's kind, and whether they fulfil it, bool [N] each."""
+        has = self.kind == wanted.kind
+        if wanted.kind != TEXT:
+            return has, has & wanted.of_numbers(self.number)
+        text = wanted.literal.encode("utf-8", "replace")
+        number = next((i for i, value in enumerate(self.values) if value == text), -2)
+        return has, has & OPERATORS[wanted.operator](self.text, number)

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # settings are read without numpy
     import numpy as np
 
-    from data.field_column import FieldColumn
-
 MEASURED = ("width", "height", "aspect", "caption_length")
 OPERATORS = {
     "==": operator.eq,
@@ -64,15 +62,6 @@ class Filter:
     def of_numbers(self, values: "np.ndarray") -> "np.ndarray":
         """Whether numbers fulfil it, bool [N]."""
         return OPERATORS[self.operator](values, self.literal)
-
-    def of_field(self, column: "FieldColumn") -> tuple["np.ndarray", "np.ndarray"]:
-        """Whether the samples have a value of this kind, and whether they fulfil the filter, bool [N] each."""
-        has = column.kind == self.kind
-        if self.kind != TEXT:
-            return has, has & self.of_numbers(column.number)
-        wanted = self.literal.encode("utf-8", "replace")
-        number = next((i for i, value in enumerate(column.values) if value == wanted), -2)
-        return has, has & OPERATORS[self.operator](column.text, number)
 
 
 def _literal(raw: str, text: str) -> bool | float | str:

@@ -60,7 +60,7 @@ def select(
         if each.field in MEASURED:
             keep(each.of_numbers(_measured(each.field, facts)), f"{LEFT_OUT}not {each}")
         else:
-            has, fulfilled = each.of_field(facts.field(each.field))
+            has, fulfilled = facts.field(each.field).fulfilling(each)
             keep(has, f"{LEFT_OUT}no {_kind(each)} {each.field} for the filter {each}")
             keep(fulfilled, f"{LEFT_OUT}not {each}")
     buckets = (

@@ -65,7 +65,7 @@ def test_impossible_expressions(text, message):
 )
 def test_a_value_of_another_kind_is_no_value(text, has, fulfilled):
     column = FieldColumn.of([True, None, 5, False, 6.5, "yes", "no", [6], {"a": 6}])
-    found = ["".join(".1"[int(value)] for value in part) for part in Filter.parse(text).of_field(column)]
+    found = ["".join(".1"[int(value)] for value in part) for part in column.fulfilling(Filter.parse(text))]
     assert found == [has, fulfilled]
 
 
