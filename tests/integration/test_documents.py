@@ -20,7 +20,8 @@ def test_links_files_and_modules_exist(document):
     for name in MODULE.findall(text):  # a.b.c is a module, or the name c in module a.b
         path, last = REPOSITORY.joinpath(*name.split(".")), name.rpartition(".")[2]
         owner = path.parent.with_suffix(".py")
-        if not path.with_suffix(".py").exists() and not (owner.exists() and last in owner.read_text()):
+        found = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+        if not found and not (owner.exists() and last in owner.read_text()):
             missing.append(name)
     assert not missing
 
