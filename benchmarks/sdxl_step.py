@@ -71,7 +71,8 @@ def child(what: str, root: Path, args: argparse.Namespace, *overrides: str) -> d
     (root / RESULT).unlink(missing_ok=True)
     call = [sys.executable, "-m", "benchmarks.sdxl_step", "--child", what, "--root", str(root)]
     call += ["--steps", str(args.steps), *(["--small"] if args.small else []), *args.overrides, *overrides]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     # Only the table goes to stdout, not what DeepSpeed prints.
     code = subprocess.run(call, cwd=REPOSITORY, env=env, stdout=sys.stderr).returncode
     if (root / RESULT).exists():

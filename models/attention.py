@@ -87,7 +87,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _reason(error: Exception, warned: list[str]) -> str:
     """One line: PyTorch's first warning about a kernel, else the error's first line and first listed cause."""
-    causes = [line.split(" (Triggered internally")[0] for line in warned if "because" not in line]
+    said = [line.split(" (Triggered internally")[0] for line in warned if "because" not in line]
+    causes = [line for line in said if "runtime disabled" not in line]  # of the kernels that were not asked for
     if causes:
         return causes[0]
     if "viable backend" in str(error):

@@ -212,6 +212,19 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(unet, asked):
     assert "\n" not in str(e.value)
 
 
+def test_the_reason_is_not_that_the_others_were_switched_off():
+    """PyTorch warns of every kernel of the GPU, also of those that were not asked for."""
+    warned = [
+        "Memory efficient kernel not used because: (Triggered internally at sdp_utils.cpp:951.)",
+        "Memory Efficient attention has been runtime disabled. (Triggered internally at sdp_utils_cpp.h:553.)",
+        "Flash attention kernel not used because: (Triggered internally at sdp_utils.cpp:953.)",
+        "Expected query, key and value to all be of dtype: {Half, BFloat16}. (Triggered internally at sdp_utils.h:90.)",
+        "CuDNN attention has been runtime disabled. (Triggered internally at sdp_utils.cpp:846.)",
+    ]
+    reason = attention._reason(RuntimeError("No available kernel. Aborting execution."), warned)
+    assert reason == "Expected query, key and value to all be of dtype: {Half, BFloat16}."
+
+
 def test_a_kernel_with_wrong_results_is_refused(unet, monkeypatch):
     shape = shapes_of(unet)[0]
     assert try_kernel("flash", shape, torch.float32, CPU) is None
