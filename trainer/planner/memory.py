@@ -65,8 +65,12 @@ class PlannedRole:
 
     @property
     def update(self) -> float:
-        """While the optimizer steps: the float32 gradients that Adam reads, if the gradients are not float32 already."""
-        return 0 if self._offloads or self._sum_width == 4 else 4 * self._owned
+        """When the optimizer steps: the float32 gradients that Adam reads, if the gradients are not float32 already. Stages 1
+        and 2 first copy the gradients into one tensor, unless they are summed in another type, which keeps them in one."""
+        if self._offloads:
+            return 0
+        copied = self.zero.stage in (1, 2) and self._sum_width == self.width
+        return ((4 if self._sum_width == 2 else 0) + (self._sum_width if copied else 0)) * self._owned
 
     @property
     def ema(self) -> float:
