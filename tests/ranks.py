@@ -125,23 +125,20 @@ def gan(root, world):
 
 
 def everything(root, world):
-    """Adapters, GAN term, recomputed activations, accumulation and clipping at once. Two ranks: at ZeRO 0, 2 and 3, at
-    ZeRO 3 stopped and resumed. Four ranks are two nodes of two: optimizer states in four pieces at ZeRO 2, and at ZeRO 3
-    the teacher is sharded within each node."""
-    out, two_nodes = root / "everything", world.size == 4
+    """Adapters, GAN term, recomputed activations, accumulation and clipping at once, on two nodes of two: optimizer states in
+    four pieces at ZeRO 2; at ZeRO 3 the teacher is sharded within each node, and the run is stopped and resumed."""
+    out = root / "everything"
     world = dataclasses.replace(world, local_rank=world.rank % 2)
     within = support.zero3_config(out / "within.json", shard_within_node=True)
     sharded = support.sharded_zero3(out)
-    for stage in ("zero2", sharded) if two_nodes else (*support.STAGES[:-1], sharded):
+    for stage in ("zero2", sharded):
         label, flags = f"{Path(stage).stem}-{world.size}", support.everything(root, stage)
-        if two_nodes and stage == sharded:
+        if stage == sharded:
             flags += (f"backtrack.teacher_ds_config={within}",)
         run = support.single(root, f"everything-{label}", world, *flags)
-        if stage == sharded and not two_nodes:
+        if stage == sharded:
             assert support.backtrack_weights(run, signal_at=(1,), signal_rank=1) is None
         support.save(support.backtrack_weights(run), out / f"{label}.pt", world)
-    if not two_nodes:
-        return
     folder = root / "base" / "pipeline" / "unet"
     config = deepspeed_config("teacher_node", 1, 1, 0.0, "fp32", world.size)
     teacher = Role("teacher", empty_network(folder), config, world, folder=folder)
