@@ -43,7 +43,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(root, tmp_path):
             assert time.monotonic() < deadline and command.poll() is None, log.read_text()
             time.sleep(0.05)
         os.killpg(command.pid, signal.SIGINT)
-        assert command.wait(30) == -signal.SIGINT
+        assert command.wait(30) in (-signal.SIGINT, 1)  # by the signal, or 1 if its child reports first
         while group_lives(command.pid):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
