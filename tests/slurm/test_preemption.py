@@ -178,7 +178,9 @@ def test_a_job_that_slurm_preempts_is_left_to_slurm(site):
     site.cluster.run("scancel", job, waiting.strip())
 
 
-@pytest.mark.parametrize("script", ["pretrain", "record", "backtrack", "evaluate", "pipeline", "common", "task"])
+@pytest.mark.parametrize(
+    "script", ["pretrain", "record", "backtrack", "evaluate", "encode", "pipeline", "common", "task"]
+)
 def test_shellcheck(script):
     done = subprocess.run(
         ["shellcheck", "-x", f"slurm/{script}.sh"],
