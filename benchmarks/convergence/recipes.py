@@ -1,6 +1,6 @@
 """What a run of the study trains: the recipe, and the methods that differ in what the fake score and the target are."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 METHODS = {
     "none": "plain distillation: the fake score starts from the teacher",
@@ -81,8 +81,3 @@ class Recipe:
     def key(self) -> dict:
         """Its fields as JSON has them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-
-def variants(base: Recipe, **fields: list) -> list[Recipe]:
-    """The base with each value of each field in turn, and the base itself."""
-    return [base, *(replace(base, **{name: value}) for name, values in fields.items() for value in values)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.problem import BATCH, Problem
 from benchmarks.convergence.recipes import Recipe
 from benchmarks.convergence.scores import Scores
+from data.sampling_order import SampleOrder
 from data.shard_dataset import ShardDataset
 from data.shard_patterns import expand
 from models.classifier import Classifier
@@ -41,7 +42,7 @@ class TextProblem(Problem):
         self.heldout = self._bank([sample["caption"] for sample in samples])
         self.scores = self._scores(settings, to_bytes(torch.stack([sample["image"] for sample in samples])))
         self.images = settings.evaluate.images
-        self.order: dict[int, object] = {}
+        self.order: dict[int, SampleOrder] = {}
 
     @staticmethod
     def _dataset(settings: RunSettings, patterns: str | list[str], want: tuple[str, ...]) -> ShardDataset:
@@ -65,7 +66,7 @@ class TextProblem(Problem):
 
     def conditioning(self, seed: int, step: int) -> Conditioning:
         if seed not in self.order:
-            self.order[seed] = type(self.data.order)(len(self.data), seed)
+            self.order[seed] = SampleOrder(len(self.data), seed)
         rows = [self.order[seed].row(position) for position in range(step * BATCH, (step + 1) * BATCH)]
         return self.train.map(lambda value: value[rows])
 

@@ -50,6 +50,11 @@ def mix(net: nn.Module, one: Weights, other: Weights, share: float) -> None:
         torch.lerp(a, b, share, out=p)
 
 
+def put(net: nn.Module, values: Weights) -> None:
+    """Sets a network's weights."""
+    mix(net, values, values, 0.0)
+
+
 def record(problem: Problem, recipe: Recipe, generator: nn.Module, seed: int) -> list[Weights]:
     """The path's nodes from the teacher on, evenly spaced in score distance. The product keeps at most twice as many
     candidates as nodes; these are all steps."""
@@ -89,7 +94,7 @@ class Target:
             node = target_node(update, len(self.nodes), self.switches)
             if node != self.node:
                 self.node = node
-                mix(self.net, self.nodes[node], self.nodes[node], 0.0)
+                put(self.net, self.nodes[node])
         elif recipe.method == "fine":
             place = max(len(self.nodes) - 2 - update / recipe.interval, 0.0)
             low = math.floor(place)
@@ -109,7 +114,7 @@ class Distillation:
         nodes = record(problem, recipe, generator, seed) if recipe.records else []
         fake = copy.deepcopy(problem.teacher)
         if nodes:
-            mix(fake, nodes[-1], nodes[-1], 0.0)
+            put(fake, nodes[-1])
         rule = {"betas": recipe.betas}
         settings = OptimizerSettings(lr=recipe.lr, decay=recipe.decay, **rule)
         self.generator = Trained(generator, settings, recipe.updates)
@@ -195,5 +200,5 @@ def distil(problem: Problem, recipe: Recipe, seed: int, points: int) -> Iterator
         if marks and (compute + recipe.update_cost > marks[0] or update + 1 == recipe.updates):
             while marks and compute + recipe.update_cost > marks[0]:
                 marks.pop(0)
-            mix(shown, run.average, run.average, 0.0)
+            put(shown, run.average)
             yield {"compute": compute, **problem.score(shown, recipe)}
