@@ -45,8 +45,12 @@ def _paths(patterns: str | list[str], setting: str) -> Iterator[Path]:
 def expand_braces(patterns: str | list[str], setting: str) -> list[str]:
     """The patterns without their braces, in their order; empty ones are left out. Raises DataError if braces are
     unbalanced."""
-    given = [patterns] if isinstance(patterns, str) else patterns
-    return [text for pattern in given if pattern for text in _braces(pattern, setting)]
+    return [text for pattern in entries_of(patterns) for text in _braces(pattern, setting)]
+
+
+def entries_of(patterns: str | list[str]) -> list[str]:
+    """One pattern or several as a list, without empty ones."""
+    return [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if pattern]
 
 
 def _braces(pattern: str, setting: str) -> list[str]:

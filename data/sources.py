@@ -13,7 +13,7 @@ from data.prompts import READERS
 from data.settings import DataSettings
 from data.shard_cache import copy_shards
 from data.shard_dataset import ShardDataset
-from data.shard_patterns import expand, expand_braces, not_read
+from data.shard_patterns import entries_of, expand, expand_braces, not_read
 from data.streams import StreamBatches, StreamDataset, first_encoding
 from data.url_patterns import expand_url, is_url
 
@@ -31,8 +31,8 @@ def open_dataset(
 ) -> Source:
     """The samples of `data.train`, `data.heldout` or `data.labelled` (the `split`). want, batch: as in ShardDataset. say: is
     told the progress of copying. Raises DataError."""
-    setting, named = f"data.{split}", getattr(data, split)
-    entries = [entry for entry in ([named] if isinstance(named, str) else named) if entry]
+    setting = f"data.{split}"
+    entries = entries_of(getattr(data, split))
     weights = data.weights if split == "train" else []
     if weights and (len(weights) != len(entries) or min(weights) <= 0):
         raise DataError(
@@ -67,17 +67,20 @@ def _local(
     if names_prompts(entries, setting):
         _refuse_selection(data, f"{setting}: {entries[0]} holds prompts alone, which have no images to select by")
         return PromptDataset(expand(entries, setting), want, seed, prompt_field(data), data.size)
-    paths = [entry for entry in entries if not is_url(entry)]
-    shards = expand(paths, setting) if paths or not entries else []
-    urls = [url for entry in entries if is_url(entry) for url in _urls(entry, setting)]
-    if urls:
-        shards += copy_shards(urls, Path(data.cache_dir), data.cache_gb, data.retry_seconds, say)
     keys = data.keys
     if setting == "data.train":
         keys |= {"selection": replace(data.selection, random_crop=data.crop == "random", flip=data.flip)}
-    dataset = ShardDataset(shards, data.resolution, want, seed, **keys, batch=batch)
-    dataset.rejected += not_read(paths, setting)
+    dataset = ShardDataset(_on_disk(entries, setting, data, say), data.resolution, want, seed, **keys, batch=batch)
+    dataset.rejected += not_read([entry for entry in entries if not is_url(entry)], setting)
     return dataset
+
+
+def _on_disk(entries: list[str], setting: str, data: DataSettings, say: Callable[[str], None]) -> list[Path]:
+    """The shards of paths, then the local copies of those at URLs, which are made where they are missing."""
+    paths = [entry for entry in entries if not is_url(entry)]
+    urls = [url for entry in entries if is_url(entry) for url in _urls(entry, setting)]
+    shards = expand(paths, setting) if paths or not entries else []
+    return shards + (copy_shards(urls, Path(data.cache_dir), data.cache_gb, data.retry_seconds, say) if urls else [])
 
 
 def prompt_field(data: DataSettings) -> str:
@@ -123,11 +126,9 @@ def names_prompts(named: str | list[str], setting: str) -> bool:
 def encoding_of_training(data: DataSettings, say: Callable[[str], None] = print) -> dict | None:
     """How the samples of `data.train` are encoded, from the first one; None for plain images and for prompts alone. Raises
     DataError."""
-    entries = [data.train] if isinstance(data.train, str) else data.train
-    if names_prompts(entries, "data.train"):
+    setting, entries = "data.train", entries_of(data.train)
+    if names_prompts(entries, setting):
         return None
-    if data.cache_dir and (urls := [url for entry in entries if is_url(entry) for url in _urls(entry, "data.train")]):
-        return encoding_of_shards(copy_shards(urls, Path(data.cache_dir), data.cache_gb, data.retry_seconds, say))
-    if any(map(is_url, entries)):
-        return first_encoding([_urls(entry, "data.train") for entry in entries if entry], data)
-    return encoding_of_shards(expand(data.train, "data.train"))
+    if any(map(is_url, entries)) and not data.cache_dir:
+        return first_encoding([_urls(entry, setting) for entry in entries], data)
+    return encoding_of_shards(_on_disk(entries, setting, data, say))

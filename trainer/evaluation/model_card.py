@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from data.shard_patterns import entries_of
 from models.files import INFO_FILE, LORA_FILE, LORA_FOLDER, read_json
 from trainer.checkpoint.directory import CheckpointDirectory, step_of
 from trainer.checkpoint.files import write_text
@@ -106,8 +107,7 @@ def without_folders(text: str) -> str:
 
 def data_names(patterns: str | list[str]) -> str:
     """Names of data without their folders: the last component of each pattern."""
-    names = [patterns] if isinstance(patterns, str) else patterns
-    return ", ".join(name.rstrip("/").rpartition("/")[2] for name in names if name)
+    return ", ".join(name.rstrip("/").rpartition("/")[2] for name in entries_of(patterns))
 
 
 def _what_it_is(folder: Path, note: dict, results: Results) -> list[str]:

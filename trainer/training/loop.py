@@ -97,19 +97,19 @@ class Loop:
 
     def run(self) -> None:
         stage, settings = self.stage, self.settings
-        if self.first < stage.steps and not stage.ended:
+        if not self.over(self.first):
             stage.begin(self.first)
             if self.first == 0 and settings.sample_every:
                 self.preview(0)
         self.clock.restart(self.first)
         with StopRequest(self.world) as stop:
             step = self.first
-            while step < stage.steps and not stage.ended:
+            while not self.over(step):
                 step += 1
                 steps_to_line = min(-step % settings.log_every, stage.steps - step)
                 stage.keep_norms(0 if stage.may_end(step) else steps_to_line)
                 stage.update(step - 1)
-                last = step == stage.steps or stage.ended
+                last = self.over(step)
                 if steps_to_line == 0 or last:
                     self.log_line(step)
                 elif stage.announces(step - 1):
@@ -123,6 +123,10 @@ class Loop:
                     log.info(f"{stage.name}: stopped by a signal; saved {path}; run the same command again to resume")
                     raise Stopped(f"{stage.name} stopped at step {step} of {stage.steps}; saved {path}")
 
+    def over(self, step: int) -> bool:
+        """Whether nothing is left to train after `step` steps; the same on every rank."""
+        return step >= self.stage.steps or self.stage.ended
+
     def log_line(self, step: int) -> None:
         """A complete metrics line: the one place where the loop waits for the device. Then the health checks."""
         stage = self.stage
@@ -133,7 +137,7 @@ class Loop:
         line["tflops_per_gpu"] = stage.flops / pace / 1e12 if stage.flops else None
         self.saving = None
         self.metrics.line(step, line)
-        if (step == stage.steps or stage.ended) and line["skipped"]:
+        if self.over(step) and line["skipped"]:
             log.info(f"{stage.name}: skipped samples by reason: {reasons(line['skipped'])}")
         for warning in self.health.observe(line):
             log.warning(f"{stage.name}, step {step}: {warning}")

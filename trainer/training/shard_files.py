@@ -9,7 +9,7 @@ from data.gathered_file import was_gathered
 from data.selected_rows import facts_wanted
 from data.shard_facts import load_facts
 from data.shard_index import load_index
-from data.shard_patterns import expand
+from data.shard_patterns import entries_of, expand
 from data.sources import names_prompts
 from data.url_patterns import is_url
 from trainer.distributed.logs import duration, log
@@ -23,11 +23,10 @@ def prepare_shards(run: Run, split: str) -> None:
     """Builds the indexes and facts that the shards of `data.train` or `data.heldout` lack. Every rank must call it. Shards in a
     folder that cannot be written are left out: each rank reads these as it needs them. Raises DataError on all ranks."""
     data, problem = run.settings.data, None
-    named, setting = getattr(data, split), f"data.{split}"
-    entries = [named] if isinstance(named, str) else named
+    entries, setting = entries_of(getattr(data, split)), f"data.{split}"
     if names_prompts(entries, setting) or any(map(is_url, entries)):
         return
-    paths = expand(named, setting)
+    paths = expand(entries, setting)
     writable = {folder: os.access(folder, os.W_OK) for folder in {path.parent for path in paths}}
     wanted = facts_wanted(data.selection, data.image_keys, CaptionSource.of(data.caption_key, data.caption_field))
     lacking = [] if was_gathered(paths, wanted) else [path for path in paths if writable[path.parent]]
