@@ -1,11 +1,10 @@
 """`disback demo`: the whole method on a small data set, from shards to report."""
 
-import sys
 from pathlib import Path
 
-from trainer.entry import exit_with, guarded
+from trainer.entry import exit_with
 from trainer.errors import UserError
-from trainer.sequence import Experiment, Part, Task, is_made, run_tasks, verbs_parser
+from trainer.sequence import Experiment, Part, Task, exit_code, is_made, run_tasks, verbs_parser
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Seconds of each part on two CPU cores (emoji with two processes, digits with one), for the time left. On other machines only
@@ -57,8 +56,7 @@ def demo(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv, codes = sys.argv[1:] if argv is None else argv, []
-    return guarded(lambda: codes.append(demo(argv)), "--debug" in argv) or codes[0]
+    return exit_code(demo, argv)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ A seed's runs stand beside the configuration's run folder, as RUN-seed-1. They s
 seed, for all configurations that name the same `path`.
 """
 
-import sys
 from pathlib import Path
 
 from trainer.config.load import load_settings
-from trainer.entry import exit_with, guarded
+from trainer.entry import exit_with
 from trainer.errors import UserError
-from trainer.sequence import Experiment, Part, Task, is_made, run_tasks, verbs_parser
+from trainer.sequence import Experiment, Part, Task, exit_code, is_made, run_tasks, verbs_parser
 
 SECONDS = {"step": 0.1, "evaluate": 30.0, "compare": 2.0}  # for the time left; how fast they really are is seen
 
@@ -70,8 +69,7 @@ def seeds(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv, codes = sys.argv[1:] if argv is None else argv, []
-    return guarded(lambda: codes.append(seeds(argv)), "--debug" in argv) or codes[0]
+    return exit_code(seeds, argv)
 
 
 if __name__ == "__main__":

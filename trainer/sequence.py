@@ -21,7 +21,7 @@ from trainer.config.load import load_settings
 from trainer.distributed.launch import Children, command
 from trainer.distributed.lock import locked
 from trainer.distributed.logs import duration
-from trainer.entry import FAILED, STOPPED, USER_MISTAKE, Parser
+from trainer.entry import FAILED, STOPPED, USER_MISTAKE, Parser, guarded
 from trainer.errors import Stopped, UserError
 from trainer.training.progress import Progress
 
@@ -245,6 +245,12 @@ def verbs_parser(verb: str, about: str) -> Parser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
     return parser
+
+
+def exit_code(verb: Callable[[list[str]], int], argv: list[str] | None) -> int:
+    """What a verb that runs others ends with: its own code, or that of what it raised."""
+    argv, codes = sys.argv[1:] if argv is None else argv, []
+    return guarded(lambda: codes.append(verb(argv)), "--debug" in argv) or codes[0]
 
 
 def run_tasks(title: str, folder: Path, tasks: list[Task], args: Namespace) -> int:
