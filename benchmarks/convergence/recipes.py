@@ -11,6 +11,9 @@ METHODS = {
 }
 
 
+ENCODER = 0.4  # the part of a pass before the head, as it is for SDXL's UNet
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One run but for its problem and seed. Rates are AdamW's; compute is in forward passes of the teacher on a batch.
@@ -19,6 +22,11 @@ class Recipe:
     "random", or "small" (random, half of the channels). early: share of the generator's updates over which DynaRS draws
     noisier timesteps (0: never). blend, blend_share: lambda at the start, and the share of the run after which it is 0.
     ida: share by which the fake score is pulled to the generator after each generator update (SenseFlow).
+    guidance_start: guidance at the first update, from which it goes to `guidance` over half of the run (0: constant).
+    apart: guidance's part of the gradient has a noise level of its own (Decoupled DMD). fake_text: False trains the fake score
+    without captions (SiD's Zero-CFG). node_guidance: scale of the guidance away from the path's far node. gan, head: weights
+    of the GAN term and of its head (models.gan). divergence: f-distill's, "forward-kl" or "jensen-shannon" ("": the reverse
+    KL); needs the head. refit: fake updates of the better fitted fake score of the diagnostics (0: no diagnostics).
     """
 
     method: str = "none"
@@ -42,10 +50,22 @@ class Recipe:
     blend_share: float = 0.5
     early: float = 0.0
     ida: float = 0.0
+    guidance_start: float = 0.0
+    apart: bool = False
+    fake_text: bool = True
+    node_guidance: float = 0.0
+    gan: float = 0.0
+    head: float = 1e-2
+    divergence: str = ""
+    refit: int = 0
 
     @property
     def records(self) -> bool:
-        return self.method in ("warm", "walk", "fine")
+        return self.method in ("warm", "walk", "fine") or self.node_guidance > 0
+
+    @property
+    def has_head(self) -> bool:
+        return self.gan > 0 or bool(self.divergence)
 
     @property
     def recording_cost(self) -> float:
@@ -67,17 +87,25 @@ class Recipe:
     @property
     def update_cost(self) -> float:
         """Of a generator update with its fake updates: forward 1, backward 2, and back to the input alone 1."""
-        target = 1 if self.guidance == 1 else 2
-        generator = self._sample + 2 * self._own + target + 1
+        target = 1 if self.guidance == 1 and self.node_guidance == 0 else 2
+        generator = self._sample + 2 * self._own + target + self.apart + 1
         if self.objective == "sid":
             generator += target + 1
-        return generator + 3 * self.fake_updates + self._sample * (self.fake_updates - 1)
+        fake = 3.0
+        if self.has_head:
+            generator += ENCODER if self.gan else 0  # from the head back to the sample
+            fake += 3 * ENCODER  # the head on real samples
+        return generator + fake * self.fake_updates + self._sample * (self.fake_updates - 1)
 
     @property
     def updates(self) -> int:
         """Generator updates that the budget pays for."""
         return int((self.budget - self.recording_cost) / self.update_cost)
 
-    def key(self) -> dict:
-        """Its fields as JSON has them."""
+    def as_json(self) -> dict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "Recipe":
+        """Of a line that an earlier version may have written: fields that it does not know have their defaults."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

@@ -16,7 +16,7 @@ class Store:
 
     def __init__(self, folder: Path, problem: Callable[[str], Problem], only_known: bool = False):
         self.folder, self.problem, self.only_known = folder, problem, only_known
-        self.found: dict[str, list[dict]] = {}
+        self.found: dict[tuple[str, Recipe, int, int], list[dict]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob("runs-*.jsonl")):
             for line in file.read_text().splitlines():
@@ -24,16 +24,12 @@ class Store:
                     run = json.loads(line)
                 except ValueError:  # its process was killed while it wrote
                     continue
-                key = run["problem"], run["recipe"], run["seed"], run.get("marks", len(run["points"]) - 1)
-                self.found[self._key(*key)] = run["points"]
-
-    @staticmethod
-    def _key(problem: str, recipe: dict, seed: int, points: int) -> str:
-        return json.dumps([problem, recipe, seed, points], sort_keys=True)
+                recipe, marks = Recipe.from_json(run["recipe"]), run.get("marks", len(run["points"]) - 1)
+                self.found[run["problem"], recipe, run["seed"], marks] = run["points"]
 
     def run(self, problem: str, recipe: Recipe, seed: int, points: int) -> list[dict]:
         """The points of a run. Raises KeyError for one that is not there, if only known ones are wanted."""
-        key = self._key(problem, recipe.key(), seed, points)
+        key = problem, recipe, seed, points
         if key not in self.found:
             if self.only_known:
                 raise KeyError(key)
@@ -41,7 +37,7 @@ class Store:
             self.found[key] = list(distil(self.problem(problem), recipe, seed, points))
             line = {
                 "problem": problem,
-                "recipe": recipe.key(),
+                "recipe": recipe.as_json(),
                 "seed": seed,
                 "marks": points,
                 "points": self.found[key],

@@ -87,6 +87,10 @@ def pairs(base: Recipe, changes: dict[str, dict]) -> dict[str, Recipe]:
     }
 
 
+def changed(base: Recipe, changes: dict[str, dict], **more: object) -> dict[str, Recipe]:
+    return {label: replace(base, **change, **more) for label, change in changes.items()}
+
+
 CHANGES = {
     "random start": {"start": "random"},
     "half the channels": {"start": "small"},
@@ -98,6 +102,7 @@ CHANGES = {
     "fake rate x 10": {"fake_lr": 6e-3},
     "no guidance": {"guidance": 1.0},
     "4 steps": {"student": (999, 749, 499, 249)},
+    "GAN term": {"gan": 5e-3},
 }
 TRICKS = {
     "as it is": {},
@@ -109,40 +114,74 @@ TRICKS = {
     "fake rate x 2": {"fake_lr": 1.2e-3},
     "constant rate": {"decay": "constant"},
     "betas (0.9, 0.999)": {"betas": (0.9, 0.999)},
+    "guidance 2 to 1.25": {"guidance_start": 2.0},
+    "guidance 1 to 1.25": {"guidance_start": 1.0},
+    "guidance apart (Decoupled DMD)": {"apart": True},
+    "no guidance": {"guidance": 1.0},
+    "no guidance, fake score without captions (Zero-CFG)": {"guidance": 1.0, "fake_text": False},
+    "node guidance 1 for guidance": {"guidance": 1.0, "node_guidance": 1.0},
+    "node guidance 1 for guidance, warm": {"guidance": 1.0, "node_guidance": 1.0, "method": "warm"},
+    "GAN term 0.005": {"gan": 5e-3},
+    "GAN term 0.05": {"gan": 5e-2, "head": 0.1},
+    "f-distill, Jensen-Shannon": {"divergence": "jensen-shannon"},
+    "f-distill, forward KL": {"divergence": "forward-kl"},
+    "f-distill, Jensen-Shannon, GAN term 0.005": {"divergence": "jensen-shannon", "gan": 5e-3},
+}
+# On emoji, those that the digits' results do not settle: options that trade accuracy for diversity, and the GAN term.
+EMOJI_TRICKS = ("as it is", "no guidance", "node guidance 1 for guidance", "node guidance 1 for guidance, warm")
+# Runs that go well and badly, to see what tells them apart beforehand.
+TROUBLE = {
+    "as it is": {},
+    "fake rate x 0.1": {"fake_lr": 6e-5},
+    "fake rate x 10": {"fake_lr": 6e-3},
+    "both rates x 4": {"lr": 9.6e-4, "fake_lr": 2.4e-3},
+    "generator rate x 4": {"lr": 9.6e-4},
+    "guidance 4": {"guidance": 4.0},
+    "betas (0.9, 0.999)": {"betas": (0.9, 0.999)},
+}
+PIXEL_TROUBLE = {
+    "as it is": {},
+    "equal rates": {"fake_lr": 1e-4},
+    "generator rate x 3": {"lr": 3e-4},
+    "5 fake updates": {"fake_updates": 5},
+    "betas (0.9, 0.999)": {"betas": (0.9, 0.999)},
 }
 PIXEL_RATES = (*equal_rates(1e-4), {"lr": 1e-4, "fake_lr": 1e-3}, {"lr": 3e-4, "fake_lr": 1e-3})
 RATES = ({"lr": 1.2e-4}, {"lr": 2.4e-4})
 
 
-def recipes(problem: str, ours: Recipe, budget: float, seeds: tuple[int, ...] = QUOTED) -> Part:
+def recipes(problem: str, ours: Recipe, budget: float, longer: bool, points: int = 12, **more: object) -> Part:
     """The recipe of the release against ours, each with its own budget. SDXL's guidance and timestep do not suit these data, so
     that the release's optimizer stands there with ours, too."""
     released = replace(RELEASED, budget=budget)
     suited = replace(released, guidance=ours.guidance, level=ours.level)
-    longer = replace(ours, budget=budget)
     rows = {
         "as released": released,
         "as released, our guidance and timestep": suited,
-        "ours": ours,
-        "ours, longer": longer,
     }
-    return Part(problem, "recipe", rows, seeds, equal_rates(3e-5, 1e-4), ("ours", "ours, longer"), points=12)
+    mine = {"ours": ours} | ({"ours, longer": replace(ours, budget=budget)} if longer else {})
+    return Part(
+        problem, "recipe", rows | mine, grid=equal_rates(3e-5, 1e-4), untuned=tuple(mine), points=points, **more
+    )
 
 
 FULL = [
     Part("photographs", "paper", methods(PIXELS), grid=PIXEL_RATES, picks=PICK[:1]),
-    recipes("digits", DIGITS, 1200),
+    recipes("digits", DIGITS, 1200, longer=True),
     Part("digits", "dmd", methods(DIGITS), grid=RATES, picks=PICK[:1]),
     Part("digits", "dmd, equal rates", methods(DIGITS)),
-    recipes("emoji", EMOJI, 603, FEW),
-    Part("emoji", "dmd", methods(EMOJI), FEW),
+    recipes("emoji", EMOJI, 1200, longer=False, points=6, picks=PICK[:1]),
+    Part("emoji", "dmd", methods(EMOJI)),
     Part("emoji-pixels", "paper", methods(PIXELS)),
-    Part("digits", "vsd", methods(DIGITS, objective="vsd")),
-    Part("digits", "sid", methods(DIGITS, objective="sid")),
+    Part("digits", "vsd", methods(DIGITS, objective="vsd"), grid=RATES, picks=PICK[:1]),
+    Part("digits", "sid", methods(DIGITS, objective="sid"), grid=RATES, picks=PICK[:1]),
     Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
-    Part("digits", "tricks", {label: replace(DIGITS, **change) for label, change in TRICKS.items()}, FEW),
-    Part("photographs", "dmd", methods(PIXELS, objective="dmd"), FEW, PIXEL_RATES),
-    Part("photographs", "sigma 1", methods(PIXELS, level=1.0), FEW, PIXEL_RATES),
+    Part("digits", "tricks", changed(DIGITS, TRICKS), FEW),
+    Part("emoji", "tricks", changed(EMOJI, {label: TRICKS[label] for label in EMOJI_TRICKS}), FEW),
+    Part("digits", "diagnostics", changed(DIGITS, TROUBLE, refit=40), FEW, points=12),
+    Part("photographs", "diagnostics", changed(PIXELS, PIXEL_TROUBLE, refit=40), FEW, points=12),
+    Part("photographs", "dmd", methods(PIXELS, objective="dmd"), grid=PIXEL_RATES, picks=PICK[:1]),
+    Part("photographs", "sigma 1", methods(PIXELS, level=1.0), grid=PIXEL_RATES, picks=PICK[:1]),
 ]
-QUICK = [recipes("digits", DIGITS, 1200, (1,)), Part("digits", "dmd", methods(DIGITS), (1, 2, 3))]
+QUICK = [recipes("digits", DIGITS, 1200, longer=True, seeds=(1,)), Part("digits", "dmd", methods(DIGITS), (1, 2, 3))]
 PROFILES = {"quick": QUICK, "full": FULL}

@@ -2,6 +2,8 @@
 
 import math
 
+from benchmarks.convergence.diagnostics import NAMES as DIAGNOSTICS
+from benchmarks.convergence.diagnostics import predictions
 from benchmarks.convergence.recipes import Recipe
 from benchmarks.convergence.scores import METRICS
 from benchmarks.convergence.study import Part
@@ -69,6 +71,15 @@ def pair_table(part: Part, found: dict[str, Curves]) -> str:
     return f"{part.problem}, {part.name}: {len(part.seeds)} seeds\n\n{lines(rows)}"
 
 
+def diagnostics_table(part: Part, found: dict[str, Curves]) -> str:
+    """Rank correlations of what is measured during training with what the scores do next, over all rows and seeds."""
+    heads = ["", "FID's next change", "pixel FD's next change", "final FID", "final pixel FD"]
+    rows = [heads, ["---"] * len(heads)]
+    for name, values in predictions([points for curves in found.values() for points in curves], METRICS).items():
+        rows.append([DIAGNOSTICS[name], *(f"{value:+.2f}" for value in values)])
+    return f"{part.problem}, diagnostics: {len(found)} rows, {len(part.seeds)} seeds\n\n{lines(rows)}"
+
+
 def gain(one: float, other: float) -> str:
     """How many times less compute the other needs."""
     if not math.isfinite(other):
@@ -106,4 +117,6 @@ def table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]) -> st
         return recipe_table(part, found, chosen)
     if part.name == "starts":
         return pair_table(part, found)
+    if part.name == "diagnostics":
+        return f"{diagnostics_table(part, found)}\n\n{method_table(part, found, chosen, next(iter(found)))}"
     return method_table(part, found, chosen, next(iter(found)))

@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from benchmarks.convergence.problem import BATCH, Problem
 from benchmarks.convergence.recipes import Recipe
@@ -17,6 +19,7 @@ from data.shard_patterns import expand
 from models.classifier import Classifier
 from models.conditioning import Conditioning
 from models.denoise import denoising_loss, predict, predict_guided
+from models.gan import Discriminator, head_logits, head_loss, predict_with_logits
 from models.multistep import Student
 from models.noise import Draws
 from models.pipeline import load_network
@@ -42,6 +45,7 @@ class TextProblem(Problem):
         self.heldout = self._bank([sample["caption"] for sample in samples])
         self.scores = self._scores(settings, to_bytes(torch.stack([sample["image"] for sample in samples])))
         self.images = settings.evaluate.images
+        self.settings = settings
         self.order: dict[int, SampleOrder] = {}
 
     @staticmethod
@@ -65,10 +69,17 @@ class TextProblem(Problem):
         return replace(parts[0], **tensors).map(lambda value: value[rows])
 
     def conditioning(self, seed: int, step: int) -> Conditioning:
+        rows = self._rows(seed, step)
+        return self.train.map(lambda value: value[rows])
+
+    def _rows(self, seed: int, step: int) -> list[int]:
         if seed not in self.order:
             self.order[seed] = SampleOrder(len(self.data), seed)
-        rows = [self.order[seed].row(position) for position in range(step * BATCH, (step + 1) * BATCH)]
-        return self.train.map(lambda value: value[rows])
+        return [self.order[seed].row(position) for position in range(step * BATCH, (step + 1) * BATCH)]
+
+    def without_text(self, cond: Conditioning) -> Conditioning:
+        """The conditioning of empty captions."""
+        return cond.unconditional()
 
     def new_generator(self, start: str, seed: int) -> nn.Module:
         if start == "teacher":
@@ -96,6 +107,10 @@ class TextProblem(Problem):
     def levels(self, uniform: Tensor, narrow: bool) -> Tensor:
         return self.schedule.timesteps(uniform, *((0.02, 0.98) if narrow else ()))
 
+    def levels_from(self, uniform: Tensor, first: float) -> Tensor:
+        """Levels from `first` on, within the range of the score difference."""
+        return self.schedule.timesteps(uniform, first / self.schedule.steps, 0.98)
+
     def noised(self, x0: Tensor, eps: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.schedule.add_noise(x0, eps, level), *self.schedule.alpha_sigma(level)
 
@@ -111,3 +126,38 @@ class TextProblem(Problem):
 
     def raw(self, net: nn.Module, x_t: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
         return predict(net, x_t, level, cond)
+
+    def discriminator(self, net: nn.Module, seed: int) -> Discriminator:
+        return Discriminator(net, self.shape, seed)
+
+    def judged(self, net: nn.Module, x_t: Tensor, level: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """A discriminator's estimate of x0, and its logits [B, patches] with a graph to x_t."""
+        raw, logits = predict_with_logits(net, x_t, level, cond, decoder_grad=False)
+        return self.schedule.to_x0(raw, x_t, level), logits
+
+    def losses_with_head(
+        self,
+        net: nn.Module,
+        x0: Tensor,
+        eps: Tensor,
+        level: Tensor,
+        cond: Conditioning,
+        draws: Draws,
+        batch: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """The denoising loss on generated samples, and the head's on them and on the real ones of a batch (seed, step)."""
+        prediction, fake = predict_with_logits(net, self.schedule.add_noise(x0, eps, level), level, cond)
+        latents, real_level = self.real[self._rows(*batch)], self.levels(draws.uniform("real t"), narrow=False)
+        x_t = self.schedule.add_noise(latents, draws.normal("real eps", self.shape), real_level)
+        real = head_logits(net, x_t, real_level, cond)
+        return mse_loss(prediction, self.schedule.target(x0, eps, level)), head_loss(fake, real)
+
+    @cached_property
+    @torch.no_grad()
+    def real(self) -> Tensor:
+        """Latents of all training images."""
+        data = self._dataset(self.settings, self.settings.data.train, ("image",))
+        images = torch.stack([data.read(row)["image"] for row in range(len(data))])
+        rng = torch.Generator().manual_seed(0)
+        eps = torch.randn((len(images), *self.shape), generator=rng)
+        return torch.cat([self.sampler.encode(*part) for part in zip(images.split(256), eps.split(256), strict=True)])

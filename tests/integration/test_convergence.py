@@ -10,13 +10,16 @@ import support
 import torch
 from torch import nn
 
-from benchmarks.convergence import train as loop
+from benchmarks.convergence.diagnostics import NAMES, predictions
+from benchmarks.convergence.gradient import SampleGradient
+from benchmarks.convergence.path import Target, record
 from benchmarks.convergence.problem import Problem
 from benchmarks.convergence.recipes import METHODS, Recipe
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import FULL, PICK, QUICK, Part, Runs
 from benchmarks.convergence.tables import table
 from benchmarks.convergence.text import TextProblem
+from benchmarks.convergence.train import Distillation, distil
 from models.diffusion import Schedule
 from models.pipeline import load_network
 from trainer.backtrack import backtrack
@@ -94,11 +97,11 @@ def test_every_method_takes_a_gaussian_to_its_teacher(method, objective):
     """Nodes lie between B and A, and every chain ends at A to a hundredth."""
     problem, recipe = Gaussian(), replace(EASY, method=method, objective=objective)
     if recipe.records:
-        nodes = loop.record(problem, recipe, problem.new_generator("teacher", 0), 0)
+        nodes = record(problem, recipe, problem.new_generator("teacher", 0), 0)
         means = [float(mean) for mean, _ in nodes]
         assert means[0] == A[0] and means == sorted(means, reverse=True) and len(nodes) == recipe.nodes + 1
         assert means[-1] == pytest.approx(B[0], abs=0.1) and math.exp(nodes[-1][1]) == pytest.approx(B[1], abs=0.1)
-    points = list(loop.distil(problem, recipe, 0, 4))
+    points = list(distil(problem, recipe, 0, 4))
     assert points[-1]["fid"] < 1e-4 < points[0]["fid"]
     assert [point["compute"] for point in points] == sorted(point["compute"] for point in points)
     assert recipe.budget - recipe.update_cost <= points[-1]["compute"] <= recipe.budget
@@ -113,7 +116,7 @@ def test_targets_of_the_methods():
 
     def means(method, **more):
         recipe = replace(EASY, method=method, interval=2, budget=6 * EASY.update_cost + 402, **more)
-        target = loop.Target(problem, recipe, nodes if recipe.records else [])
+        target = Target(problem, recipe, nodes if recipe.records else [])
         found = []
         for update in range(6):
             target.move(update, fake)
@@ -127,6 +130,44 @@ def test_targets_of_the_methods():
     assert blend[0] == pytest.approx(1.5) and blend == sorted(blend, reverse=True) and blend[-1] == 0
 
 
+def test_diagnostics_leave_training_alone_and_see_a_fake_score_that_lags():
+    problem, recipe = Gaussian(), replace(EASY, budget=1600)
+    plain, seen = (list(distil(problem, replace(recipe, refit=refit), 0, 4)) for refit in (0, 20))
+    assert [point | plain[k] for k, point in enumerate(seen)] == seen and "cosine" not in seen[0]
+    slow = list(distil(problem, replace(recipe, fake_lr=1e-4, refit=20), 0, 4))
+    assert seen[-1]["excess"] < 0.01 < slow[-1]["excess"] and len(seen[-1]) == len(plain[-1]) + 5
+    found = predictions([seen, slow, plain], ("fid",))
+    assert found.keys() == NAMES.keys() and found["excess"][1] == pytest.approx(1)  # the one that lags ends worse
+
+
+def test_gradients_of_the_variants():
+    """A far node that is the teacher guides nowhere; f-distill's weights have mean 1 and favour what looks real; the guidance
+    changes over half of the run."""
+    problem = Gaussian()
+    cond, draws, x0 = None, problem.noise(0, "test").at(0, list(range(32))), torch.randn(32, *SHAPE)
+    far = [[p.detach() for p in problem.teacher.parameters()]]
+    found = []
+    for recipe in (EASY, replace(EASY, node_guidance=1.0)):
+        target = Target(problem, recipe, far if recipe.records else [])
+        found.append(SampleGradient(problem, recipe, target, Known(*B))(x0, cond, draws, 0))
+    torch.testing.assert_close(*found)
+    for divergence in ("forward-kl", "jensen-shannon"):
+        recipe = replace(EASY, divergence=divergence)
+        weights = (
+            SampleGradient(problem, recipe, target, Known(*B))._weight(torch.linspace(-3, 3, 32)[:, None]).flatten()
+        )
+        assert (
+            weights.mean() == pytest.approx(1) and (weights.diff() >= 0).all() and weights[-1] > 1.5 > 0.5 > weights[0]
+        )
+    eased = SampleGradient(problem, replace(EASY, guidance=1.25, guidance_start=2.0), target, Known(*B))
+    assert [eased._guidance(round(share * EASY.updates)) for share in (0, 0.25, 0.5, 1)] == [
+        2,
+        pytest.approx(1.625, abs=0.01),
+        1.25,
+        1.25,
+    ]
+
+
 def test_compute_is_the_products(root, world):
     """Cost of a generator update and of the recording, by the counts that metrics lines carry."""
     flags = ("backtrack.fake_updates=1", "backtrack.guidance_scale=1.25")
@@ -138,16 +179,25 @@ def test_compute_is_the_products(root, world):
     assert Recipe(method="walk").recording_cost == 82 and Recipe(guidance=1.0).update_cost == 8
 
 
-def test_the_loop_trains_what_the_product_trains(root, world, monkeypatch):
-    """Plain distillation with guidance and two fake updates per turn: the same generator, to rounding."""
+@pytest.mark.parametrize("gan", [0.0, 0.05])
+def test_the_loop_trains_what_the_product_trains(root, world, monkeypatch, gan):
+    """Plain distillation with guidance and two fake updates per turn, and with the GAN term on the same real latents: the
+    same generator, to rounding."""
     monkeypatch.setattr("benchmarks.convergence.problem.BATCH", 8)
     monkeypatch.setattr("benchmarks.convergence.text.BATCH", 8)
     monkeypatch.setattr("benchmarks.convergence.train.BATCH", 8)
+    monkeypatch.setattr("benchmarks.convergence.path.BATCH", 8)
     flags = ("backtrack.path=none", "backtrack.steps=8", "backtrack.fake_updates=2", "seed=3", *support.EPS)
-    settings = support.tiny(root, "alike", *flags, "backtrack.batch=8")
-    backtrack(Run(settings, world))
+    if gan:
+        flags += ("gan.enabled=true", f"gan.generator_weight={gan}", "gan.head_weight=0.1")
+    settings = support.tiny(root, f"alike-{gan}", *flags, "backtrack.batch=8")
     monkeypatch.setattr(TextProblem, "_scores", lambda self, *_: None)
     problem = TextProblem("tiny", settings)
+    if gan:
+        steps = iter(range(8))
+        real = lambda *_: problem.real[problem._rows(3, next(steps))]  # noqa: E731
+        monkeypatch.setattr("trainer.training.gan_term.batch_latents", real)
+    backtrack(Run(settings, world))
     ours = settings.backtrack
     recipe = Recipe(
         lr=ours.generator.lr,
@@ -157,10 +207,12 @@ def test_the_loop_trains_what_the_product_trains(root, world, monkeypatch):
         guidance=ours.guidance_scale,
         level=settings.conditioning_timestep,
         ema=ours.ema,
+        gan=gan,
+        head=0.1,
     )
     recipe = replace(recipe, budget=4 * recipe.update_cost)
-    monkeypatch.setattr("benchmarks.convergence.train.ADAM_EPS", 1e-4)
-    run = loop.Distillation(problem, recipe, 3)
+    monkeypatch.setattr("benchmarks.convergence.optimize.ADAM_EPS", 1e-4)
+    run = Distillation(problem, recipe, 3)
     for step in range(8):
         run.step(step)
     expected = load_network(settings.folder / "backtrack" / "checkpoints" / "step-00000008" / "weights")
