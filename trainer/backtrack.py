@@ -126,6 +126,8 @@ class Backtracking(DenoiserStage):
         else:
             loss = denoising = denoising_loss(self.fake_score, self.schedule, x0, eps, t, cond)
         self.meters.add("loss/fake_score", denoising)
+        # 1 is the loss of a network that predicts zero.
+        self.meters.add("fake_score_error", denoising.detach() / self.schedule.target(x0, eps, t).square().mean())
         self.fake_score.step(loss, rate)
 
     def __init__(self, run: Run):

@@ -178,8 +178,8 @@ FULL = [
     Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
     Part("digits", "tricks", changed(DIGITS, TRICKS), FEW),
     Part("emoji", "tricks", changed(EMOJI, {label: TRICKS[label] for label in EMOJI_TRICKS}), FEW),
-    Part("digits", "diagnostics", changed(DIGITS, TROUBLE, refit=40), FEW, points=12),
-    Part("photographs", "diagnostics", changed(PIXELS, PIXEL_TROUBLE, refit=40), FEW, points=12),
+    Part("digits", "diagnostics", changed(DIGITS, TROUBLE, refit=20), FEW, points=6),
+    Part("photographs", "diagnostics", changed(PIXELS, PIXEL_TROUBLE, refit=20), FEW, points=6),
     Part("photographs", "dmd", methods(PIXELS, objective="dmd"), grid=PIXEL_RATES, picks=PICK[:1]),
     Part("photographs", "sigma 1", methods(PIXELS, level=1.0), grid=PIXEL_RATES, picks=PICK[:1]),
 ]

@@ -12,6 +12,7 @@ from trainer.training.health import Health
 
 GOOD = {
     "skipped_updates": 0, "update_ratio/generator": 1e-4, "lr/generator": 1e-5, "sample_spread": 1.0, "mismatch": 0.1,
+    "fake_score_error": 0.2,
     "target_node": 2, "step_seconds": 1.0, "data_seconds": 0.01, "loss/fake_score": 0.2,
 }  # fmt: skip
 SPLIT = BatchSplit(1, 4, 1)
@@ -34,6 +35,7 @@ def test_a_healthy_run_says_nothing():
         ({"update_ratio/generator": 0.0}, "generator have not changed"),
         ({"sample_spread": 0.1}, "spread 0.1, at first 1"),
         ({"mismatch": 0.5}, "risen to 0.5 from 0.1"),
+        ({"fake_score_error": 1.02}, "1.02 of what predicting zero"),
         ({"step_seconds": 2.0}, "2.00 s, usually 1.00 s"),
         ({"data_seconds": 0.5}, "50% of each step"),
     ],

@@ -35,7 +35,15 @@ class Health:
 
     def observe(self, line: dict) -> list[str]:
         """line: a metrics line of a logging interval."""
-        checks = (self._skipping, self._still, self._collapsed, self._diverging, self._slow, self._waiting)
+        checks = (
+            self._skipping,
+            self._still,
+            self._collapsed,
+            self._diverging,
+            self._wrecked,
+            self._slow,
+            self._waiting,
+        )
         return [text for check in checks if (text := check(line))]
 
     @property
@@ -105,6 +113,21 @@ class Health:
             lambda: (
                 f"the mismatch has risen to {mismatch:.3g} from {lowest:.3g} on this target: the fake score does not keep "
                 "up; raise fake_updates or lower the generator's learning rate"
+            ),
+            self.settings.patience,
+        )
+
+    def _wrecked(self, line: dict) -> str | None:
+        """In the study (docs/convergence.md) the mismatch of such a run stayed level, and only this told."""
+        error = line.get("fake_score_error")
+        if error is None or error != error:
+            return None
+        return self._once(
+            "wrecked",
+            error > self.settings.error,
+            lambda: (
+                f"the fake score's loss is {error:.2f} of what predicting zero would have: it has lost what the teacher knew; "
+                "lower backtrack.fake_score.lr and start again"
             ),
             self.settings.patience,
         )

@@ -22,7 +22,8 @@ KEYS = (
     "step images_seen epoch time compute gpu_hours step_seconds data_seconds images_per_second memory_gb tflops_per_gpu mfu "
     "save_seconds "
     "loss/fake_score loss/gan_generator loss/gan_head grad_norm/generator grad_norm/fake_score "
-    "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch sample_spread "
+    "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch fake_score_error "
+    "sample_spread "
     "skipped_samples skipped interrupted_reads truncated_captions skipped_updates"
 ).split()
 
