@@ -21,7 +21,9 @@ from ranks_traffic import traffic  # noqa: F401 (found by name)
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from models.files import WEIGHTS_FILE
 from models.pipeline import empty_network, load_network
+from trainer.backtrack import backtrack
 from trainer.config.deepspeed import deepspeed_config
+from trainer.config.load import load_settings
 from trainer.distributed.logs import no_progress_bars
 from trainer.distributed.world import World, barrier, finish, start
 from trainer.engine.role import Role
@@ -32,6 +34,8 @@ from trainer.evaluation.networks import Networks
 from trainer.evaluation.results_folder import ResultsFolder
 from trainer.evaluation.sources import find_source
 from trainer.path.target import ReadAhead
+from trainer.record import record
+from trainer.training.run import Run
 
 LINEAR = torch.nn.functional.linear
 
@@ -192,6 +196,14 @@ def loading(root, world):
     whole = load_network(folder)
     assert all(p.isfinite().all() for p in whole.parameters())  # only what is used is read from a mapped file
     assert (peak_bytes() - before) / size > 0.9  # the measure sees what is held
+
+
+def verbs(root, world):
+    """The verbs of root/verbs.json, run in root as a user runs them: [[verb, configuration, overrides...], ...]."""
+    with contextlib.chdir(root):
+        for name, config, *overrides in json.loads(Path("verbs.json").read_text()):
+            {"record": record, "backtrack": backtrack}[name](Run(load_settings(Path(config), overrides), world))
+            torch.nn.functional.linear = LINEAR  # see conftest.own_linear
 
 
 def run(scenario: str, root: Path, world: World) -> None:
