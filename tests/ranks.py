@@ -3,6 +3,7 @@ answers "done" to each (support.ranks)."""
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -216,6 +217,8 @@ def run(scenario: str, root: Path, world: World) -> None:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed goes to the log
+    gc.set_threshold(700, 10, 10)  # as without tests/startup
+    gc.freeze()  # libraries stay: DeepSpeed collects garbage with every network that it shards
     no_progress_bars()
     everyone = start()
     for line in [" ".join(sys.argv[1:])] if len(sys.argv) > 1 else sys.stdin:

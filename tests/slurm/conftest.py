@@ -58,8 +58,9 @@ class Site:
 
     @property
     def env(self) -> dict[str, str]:
-        mine = {"CONFIG": "tiny.yaml", "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        return {k: v for k, v in self.cluster.env.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")} | mine
+        mine = {"CONFIG": "tiny.yaml", "VENV": sys.prefix, "PYTHONPATH": str(support.STARTUP)}
+        mine |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        return {k: v for k, v in self.cluster.env.items() if k not in ("RANK", "WORLD_SIZE")} | mine
 
     def verb(self, name: str, *arguments: str) -> str:
         """What a verb prints that is run in this process, which has torch already."""
