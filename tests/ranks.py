@@ -121,10 +121,9 @@ def poison(root, world):
 
 
 def gan(root, world):
-    """Backtracking with the GAN term at ZeRO 3: shared passes and passes of its own."""
-    sharded = support.sharded_zero3(root / "gan")
-    for shared in (True, False):
-        run = support.single(root, f"gan-two-{shared}", world, *support.gan_flags(shared), *support.zero(sharded))
+    """Backtracking with the GAN term: shared passes at ZeRO 2, and passes of its own at ZeRO 3."""
+    for shared, stage in ((True, "zero2"), (False, support.sharded_zero3(root / "gan"))):
+        run = support.single(root, f"gan-two-{shared}", world, *support.gan_flags(shared), *support.zero(stage))
         support.save(support.backtrack_weights(run), root / "gan" / f"{shared}.pt", world)
 
 
