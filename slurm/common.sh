@@ -280,7 +280,7 @@ run_job() { # verb arguments...
     ((STALLED < MAX_STALLED)) || give_up 1 "giving up after $MAX_STALLED starts without progress ($PROGRESS)"
 
     run_ranks "$CONFIG, $PROGRESS" "$VERB" --config "$CONFIG" "$@"
-    conclude "$CODE"
+    conclude
 }
 
 # One job of an array, or a job alone. It has no run folder: what is done is on disk, and a restart does the rest.
@@ -288,16 +288,21 @@ run_part() { # verb arguments...
     local step=${SLURM_ARRAY_TASK_STEP:-1} part
     enter_job "$1"
     part=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / (step > 0 ? step : 1)))/${SLURM_ARRAY_TASK_COUNT:-1}
+    export DISBACK_JOB_FOLDER=$PWD/.disback-$SLURM_JOB_ID
+    mkdir -p "$DISBACK_JOB_FOLDER" || give_up $MISTAKE "$PWD is not writable: submit the job from a folder that is"
+    rm -f "$DISBACK_JOB_FOLDER/exit"
     run_ranks "part $part" "$@" --job "$part"
+    find_cause
+    rm -rf "$DISBACK_JOB_FOLDER"
     if ((CODE == 0)); then
         say "job $SLURM_JOB_ID ($VERB): done"
     elif ((CODE == MISTAKE)); then
-        give_up $MISTAKE "stopped by a mistake in the request (see above)"
+        give_up $MISTAKE "$CAUSE"
     elif ((${SLURM_RESTART_COUNT:-0} >= MAX_STALLED)); then
-        give_up "$CODE" "giving up after $((SLURM_RESTART_COUNT + 1)) starts (code $CODE): submit it again to go on"
+        give_up "$CODE" "giving up after $((SLURM_RESTART_COUNT + 1)) starts ($CAUSE): submit it again to go on"
     else
-        exit_unless_restartable "the step exited with code $CODE"
-        say "job $SLURM_JOB_ID ($VERB): the step exited with code $CODE; restarting"
+        exit_unless_restartable "$CAUSE"
+        say "job $SLURM_JOB_ID ($VERB): $CAUSE; restarting"
         trap '' USR1 TERM # requeueing sends SIGTERM to this shell
         scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" ||
             give_up "$CODE" "this cluster does not allow requeueing: submit it again to go on"
@@ -313,16 +318,21 @@ launch() {
     fi
 }
 
-conclude() { # code of the step
-    local code=$1 message="the step exited with code $1" killed
-    if ((code == 0)); then
+# Sets CODE and CAUSE to those of the first rank that failed: the step's own code may come from ranks that were killed afterwards.
+find_cause() {
+    CAUSE="the step exited with code $CODE"
+    if ((CODE)) && [ -s "$DISBACK_JOB_FOLDER/exit" ]; then read -r CODE CAUSE <"$DISBACK_JOB_FOLDER/exit"; fi
+}
+
+conclude() {
+    local killed
+    if ((CODE == 0)); then
         say "job $SLURM_JOB_ID ($VERB): done"
         exit 0
     fi
     killed=$(tac "$(job_field "$SLURM_JOB_ID" StdOut)" 2>/dev/null | sed '/ ranks x /q' | grep -oP '^srun: error: \K.*: (Killed|Out Of Memory)' | tail -n 1)
-    [ -n "$killed" ] && message="a rank was killed ($killed)"
-    # The first rank to exit recorded the cause; the step's own code may come from ranks that were killed afterwards.
-    [ -s "$DISBACK_JOB_FOLDER/exit" ] && read -r code message <"$DISBACK_JOB_FOLDER/exit"
-    ((code == MISTAKE)) && give_up $MISTAKE "$message"
-    restart_job "$message"
+    find_cause
+    [ -n "$killed" ] && [ ! -s "$DISBACK_JOB_FOLDER/exit" ] && CAUSE="a rank was killed ($killed)"
+    ((CODE == MISTAKE)) && give_up $MISTAKE "$CAUSE"
+    restart_job "$CAUSE"
 }

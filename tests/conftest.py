@@ -1,5 +1,6 @@
 """Fixtures that are built once: shards, a tiny teacher and its paths. The workers of pytest-xdist share them."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def pytest_sessionfinish() -> None:
     from support import end_ranks
 
     end_ranks()
+    gc.freeze()  # or the interpreter's end would look through all that the libraries have made
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,7 @@ def own_linear():
 @pytest.fixture(scope="session")
 def world() -> World:
     no_progress_bars()
+    gc.freeze()  # libraries stay: DeepSpeed collects garbage with every network that it shards
     return start()
 
 

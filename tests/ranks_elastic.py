@@ -54,7 +54,7 @@ class ReadingDataset:
 
 def elastic_run(root, name, world, stage, *flags):
     flags = (*elastic_flags(root, stage), *flags)
-    kind = ReadingRun if name == "there-and-back" else Run
+    kind = ReadingRun if name == "chain-zero2" else Run
     return kind(support.tiny(root, name, *flags), world)
 
 
@@ -119,18 +119,17 @@ def pretraining(root, name, world):
 def elastic_save(root, world):
     """Saves by two ranks in the middle of everything."""
     for stage in support.STAGES:
-        stop_training(root, f"two-{stage}", world, stage, 3)
+        stop_training(root, f"chain-{stage}", world, stage, 3)
     stop_training(root, "two-bf16", world, "sharded", 3, "precision=bf16")
-    stop_training(root, "there-and-back", world, "zero1", 3)
     stop_recording(root, "recording-parts", world, recording_flags(root, "parts"), 3)
     _stop(pretraining(root, "pretraining-parts", world), 5)
 
 
 def elastic_load(root, world):
     """Goes on, with two ranks, with what one process saved."""
-    for name in (*(f"one-{stage}" for stage in support.STAGES), "there-and-back"):
-        run = elastic_run(root, name, world, name.removeprefix("one-") if name.startswith("one-") else "zero1")
-        support.save(support.backtrack_weights(run), root / "elastic_load" / f"{name}.pt", world)
+    for stage in support.STAGES:
+        run = elastic_run(root, f"chain-{stage}", world, stage)
+        support.save(support.backtrack_weights(run), root / "elastic_load" / f"{stage}.pt", world)
     sharded = support.sharded_zero3(root / "elastic_load")
     flags = (f"record.ds_config={sharded}", f"record.teacher_ds_config={sharded}")
     record(Run(support.tiny(root, "recording-parts", *recording_flags(root, "parts"), *flags), world))

@@ -6,6 +6,7 @@ Imports neither torch nor DeepSpeed, so that `--help` and mistakes in the config
 
 import argparse
 import errno
+import gc
 import os
 import sys
 import tempfile
@@ -174,4 +175,5 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         from trainer.distributed.world import finish
 
         finish()
+    gc.freeze()  # or the interpreter's end would look through all that the libraries have made, for more than a second
     sys.exit(code)

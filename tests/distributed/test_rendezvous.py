@@ -63,16 +63,16 @@ def ranks(folder, size: int, *started: int, broken: tuple = (), hangs: tuple = (
 
 
 def test_a_rank_that_never_comes(tmp_path):
-    (said,) = ranks(tmp_path, 2, 0, seconds=5)
+    (said,) = ranks(tmp_path, 2, 0, seconds=3)
     assert said == (
-        "NodeTrouble True rank 1 (node node1) did not answer within 5 s of the start (`unset RANK LOCAL_RANK WORLD_SIZE` "
+        "NodeTrouble True rank 1 (node node1) did not answer within 3 s of the start (`unset RANK LOCAL_RANK WORLD_SIZE` "
         "runs one process)\n"
     )
     assert (tmp_path / "bad-nodes").read_text() == "node1\n"
 
 
 def test_rank_0_never_comes(tmp_path):
-    (said,) = ranks(tmp_path, 2, 1, seconds=5)
+    (said,) = ranks(tmp_path, 2, 1, seconds=3)
     assert "NodeTrouble True node node1, rank 1: rank 0 on node node0 did not answer at 127.0.0.1:" in said
     assert (tmp_path / "bad-nodes").read_text() == "node0\n"
 

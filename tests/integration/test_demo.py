@@ -130,7 +130,7 @@ def wait_for(what, seconds: float = 120.0) -> None:
 
 @pytest.mark.slow
 def test_stopped_in_pretraining_and_started_again(tmp_path, monkeypatch):
-    """Two processes until the signal; then some verbs here, which is faster, and the rest by a second demo."""
+    """Two processes until the signal; then some verbs here, which is faster and ends soon, and the rest by a second demo."""
     monkeypatch.chdir(tmp_path)
     run, children = Path("runs/digits"), Children(Path("runs/digits/demo.job"))
     line = [sys.executable, "-m", "trainer.cli", "demo", "digits", *TINY]
@@ -149,6 +149,7 @@ def test_stopped_in_pretraining_and_started_again(tmp_path, monkeypatch):
     status = json.loads((run / "pretrain" / "status.json").read_text())
     assert status["state"] == "stopped" and 0 < status["saved_step"] == status["step"] < 200
     assert not children.running()
+    few = [*TINY, f"pretrain.steps={status['step'] + 2}"]
 
     verbs = (
         "pretrain",
@@ -161,10 +162,10 @@ def test_stopped_in_pretraining_and_started_again(tmp_path, monkeypatch):
     )
     for name, _, suffix in (text.partition(" ") for text in verbs):
         flags = ["--watch"] if name == "evaluate" else []
-        done = support.call(name, "--config", str(CONFIGS / f"digits{suffix}.yaml"), *TINY, *flags)
+        done = support.call(name, "--config", str(CONFIGS / f"digits{suffix}.yaml"), *few, *flags)
         assert done.returncode == 0, done.stderr
     before = os.path.getsize(run / "demo.log")
-    again = support.verb("demo", "digits", "--processes", "1", *TINY, cwd=tmp_path)
+    again = support.verb("demo", "digits", "--processes", "1", *few, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     rows = json.loads((run / "summary.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["teacher", "start", "none", "warm", "path"]

@@ -39,42 +39,30 @@ def by_two(root, world):
 
 @pytest.fixture(scope="module")
 def by_one(root, world, by_two):
-    """The same, saved by one process; and one that two ranks began, for two others to end."""
+    """The same, gone on with by one process with larger micro-batches, which stops in turn, and ended by two ranks."""
     for stage in support.STAGES:
-        stop_training(root, f"one-{stage}", world, stage, at=3)
-    stop_training(root, "there-and-back", world, "zero1", 5, "backtrack.accumulation=1")
+        assert (root / f"chain-{stage}" / "backtrack" / "LATEST").read_text() == "step-00000003\n"
+        stop_training(root, f"chain-{stage}", world, stage, 5, "backtrack.accumulation=1")
     stop_recording(root, "recording-parts", world, recording_flags(root, "parts"), 5)
     support.ranks("elastic_load", root)
     return root
 
 
-def assert_same_run(whole, weights: dict[str, Tensor], lines: list[dict]) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", support.STAGES)
+def test_two_then_one_then_two(whole, by_one, stage):
+    weights = torch.load(by_one / "elastic_load" / f"{stage}.pt")
+    lines = support.metrics(by_one / f"chain-{stage}" / "backtrack")
     assert support.largest_difference(whole[0], weights) < 1e-6
     support.assert_alike(whole[1], lines)
     assert [line["skipped_samples"] for line in whole[1]] == [line["skipped_samples"] for line in lines]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", support.STAGES)
-def test_two_then_one(whole, by_two, world, stage):
-    run = support.single(by_two, f"two-{stage}", world, *elastic_flags(by_two, stage))
-    assert (run.folder / "backtrack" / "LATEST").read_text() == "step-00000003\n"
-    assert_same_run(whole, support.backtrack_weights(run), support.metrics(run.folder / "backtrack"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [*support.STAGES, "there-and-back"])
-def test_one_then_two(whole, by_one, stage):
-    name = stage if stage == "there-and-back" else f"one-{stage}"
-    weights = torch.load(by_one / "elastic_load" / f"{name}.pt")
-    assert_same_run(whole, weights, support.metrics(by_one / name / "backtrack"))
-
-
-@pytest.mark.slow
 def test_no_sample_is_lost_or_read_twice(root, by_one):
     """Two ranks, then one with other micro-batches, then two: together every position once, each step its own. Every
     other step uses its predecessor's samples and reads none."""
-    parts = {f.stem: [int(p) for p in f.read_text().split()] for f in (root / "there-and-back").glob("read-*.txt")}
+    parts = {f.stem: [int(p) for p in f.read_text().split()] for f in (root / "chain-zero2").glob("read-*.txt")}
     assert {"read-2-0", "read-2-1", "read-1-0"} == parts.keys()
     assert min(map(len, parts.values())) >= 8
     read = sorted(p for positions in parts.values() for p in positions)
@@ -108,31 +96,31 @@ def saved_whole(folder: Path, role: str, names: list[str]) -> dict[tuple[str, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "stage", "precision"),
+    ("name", "step", "stage", "precision"),
     [
-        ("two-bf16", "sharded", "bf16"),
-        ("two-bf16", "zero1", "bf16"),
-        ("two-zero2", "sharded", "fp32"),
-        ("one-sharded", "zero0", "fp32"),
-        ("one-zero0", "zero2", "fp32"),
+        ("two-bf16", 3, "sharded", "bf16"),
+        ("two-bf16", 3, "zero1", "bf16"),
+        ("chain-zero2", 3, "sharded", "fp32"),
+        ("chain-sharded", 5, "zero0", "fp32"),
+        ("chain-zero0", 5, "zero2", "fp32"),
     ],
 )
-def test_recut_to_the_bit(root, world, by_two, name, stage, precision, tmp_path):
-    """A checkpoint that is loaded elsewhere and saved at once holds the same numbers, in any precision and stage."""
-    if name.startswith("one") and not (root / name).exists():
-        stop_training(root, name, world, name[4:], at=3)
+def test_recut_to_the_bit(root, world, by_one, name, step, stage, precision, tmp_path):
+    """A checkpoint that is loaded elsewhere and saved at once holds the same numbers, in any precision and stage. Two ranks
+    saved those of step 3, one process those of step 5."""
+    at = f"step-{step:08d}"
     run = support.single(root, name, world, *elastic_flags(root, stage), f"precision={precision}")
     folder = run.folder / "backtrack"
-    (folder / "LATEST").write_text("step-00000003\n")
+    (folder / "LATEST").write_text(f"{at}\n")
     stage_ = Backtracking(run)
     keep = run.settings.backtrack.loop
     checkpoints = Checkpoints(folder, world, stage_.roles, stage_.identity, stage_.split, keep)
-    step, state = checkpoints.load(stage_.regroup)
+    _, state = checkpoints.load(stage_.regroup)
     stage_.load_state_dict(state["stage"])
     before = stage_.generator.state_dict()
     Checkpoints(tmp_path, world, stage_.roles, stage_.identity, stage_.split, keep).save(step, state, {})
     stage_.close()
-    old, new = folder / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000003"
+    old, new = folder / "checkpoints" / at, tmp_path / "checkpoints" / at
     names = [key for key, _ in stage_.generator.trained_parameters()]
     for role in ("generator", "fake_score"):
         a, b = saved_whole(old, role, names), saved_whole(new, role, names)

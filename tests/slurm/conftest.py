@@ -3,6 +3,8 @@
 `make test-slurm` runs these tests; `make test` does not.
 """
 
+import contextlib
+import json
 import os
 import shlex
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import cluster as slurm
 import pytest
+import support
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "slurm"
@@ -55,8 +58,21 @@ class Site:
 
     @property
     def env(self) -> dict[str, str]:
-        mine = {"CONFIG": "tiny.yaml", "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        return {k: v for k, v in self.cluster.env.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")} | mine
+        mine = {"CONFIG": "tiny.yaml", "VENV": sys.prefix, "PYTHONPATH": str(support.STARTUP)}
+        mine |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        return {k: v for k, v in self.cluster.env.items() if k not in ("RANK", "WORLD_SIZE")} | mine
+
+    def verb(self, name: str, *arguments: str) -> str:
+        """What a verb prints that is run in this process, which has torch already."""
+        with contextlib.chdir(self.folder):
+            done = support.call(name, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def without_slurm(self, *verbs: list[str]) -> None:
+        """Runs [verb, config, overrides...] in two processes that nobody but this one started, and that stay for the next."""
+        (self.folder / "verbs.json").write_text(json.dumps(verbs))
+        support.ranks("verbs", self.folder)
 
     def log(self, job: str) -> str:
         """The job's log; empty until the node has opened the file, which may be after the job is shown as running."""
@@ -91,7 +107,7 @@ def site(tmp_path_factory):
     with slurm.Cluster() as cluster:
         site = Site(cluster, folder)
         (folder / "tiny.yaml").write_text(f"extends: {REPOSITORY}/configs/tiny_sdxl.yaml\n")
-        site.call(sys.executable, "-m", "trainer.cli", "shards", "--digits", PYTHONPATH=str(REPOSITORY))
+        site.verb("shards", "--digits")
         log = site.ends(site.sbatch("pretrain.sh"), "COMPLETED")
         assert "n0: rank 0: 1 x cpu" in log and "n1: rank 1: 1 x cpu" in log and "all-reduce" in log
         yield site
@@ -100,23 +116,6 @@ def site(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference(site) -> str:
     """Record and backtrack in two processes without Slurm."""
-    for verb in ("record", "backtrack"):
-        torchrun(site, verb, "run=runs/reference", "path=runs/reference/path", *SETTINGS.split())
+    flags = ["run=runs/reference", "path=runs/reference/path", *SETTINGS.split()]
+    site.without_slurm(["record", "tiny.yaml", *flags], ["backtrack", "tiny.yaml", *flags])
     return "reference"
-
-
-def torchrun(site: Site, verb: str, *settings: str, config: str = "tiny.yaml") -> None:
-    """Runs a verb in two processes without Slurm: `torchrun --nnodes 2`, two agents as on two hosts."""
-    common = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port 11999"
-    agents = []
-    for node in "01":
-        call = [sys.executable, *common.split(), "--node-rank", node, "-m", f"trainer.{verb}", "--config", config]
-        agents.append(
-            subprocess.Popen(
-                [*call, *settings], env=site.env | {"PYTHONPATH": str(REPOSITORY)}, cwd=site.folder, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
-    for agent in agents:
-        output = agent.communicate(timeout=500)[0]
-        assert agent.returncode == 0, output[-4000:]

@@ -2,9 +2,9 @@
 
 import json
 import re
-import sys
 
-from conftest import REPOSITORY, SCRIPTS, SETTINGS, TWO_NODES, torchrun
+import pytest
+from conftest import REPOSITORY, SCRIPTS, SETTINGS, TWO_NODES
 from support import tiny_clip
 
 
@@ -15,8 +15,15 @@ def submit_pipeline(site, *arguments: str, **env: str) -> dict[str, str]:
     return dict(re.findall(r"^(\w+): job (\d+), log /", printed, re.M))
 
 
-def test_record_backtrack_evaluate(site, reference):
+@pytest.fixture(scope="module")
+def jobs(site, reference) -> dict[str, str]:
+    """Jobs that are independent of each other, submitted at once."""
     jobs = submit_pipeline(site, "run=runs/line", "path=runs/line/path", *SETTINGS.split())
+    flags = ["run=runs/deepspeed", f"path=runs/{reference}/path", *SETTINGS.split()]
+    return jobs | {"deepspeed": site.sbatch("backtrack.sh", *flags, LAUNCHER="deepspeed")}
+
+
+def test_record_backtrack_evaluate(site, reference, jobs):
     for verb in ("record", "backtrack", "evaluate"):
         log = site.ends(jobs[verb], "COMPLETED")
         assert log.rstrip().endswith(f"disback: job {jobs[verb]} ({verb}): done")
@@ -42,11 +49,11 @@ def test_the_demo(site):
     """From shards to scores on two nodes, as `make demo` does on one; the same training as without Slurm. The colour images
     are scored as SDXL's are, by a network's features at two scales and by CLIP: with the smallest CLIP model for all."""
     (site.folder / "emoji.yaml").write_text(SHORT)
-    site.call(sys.executable, "-m", "trainer.cli", "shards", "--emoji", PYTHONPATH=str(REPOSITORY))
+    site.verb("shards", "--emoji")
     site.ends(site.sbatch("pretrain.sh", CONFIG="emoji.yaml"), "COMPLETED")
     jobs = submit_pipeline(site, *tiny_clip(site.folder / "clip"), "evaluate.patch=16", CONFIG="emoji.yaml")
-    for verb in ("record", "backtrack"):
-        torchrun(site, verb, "run=runs/plain", "path=runs/plain/path", config="emoji.yaml")
+    plain = ["emoji.yaml", "run=runs/plain", "path=runs/plain/path"]
+    site.without_slurm(["record", *plain], ["backtrack", *plain])
     for verb in ("record", "backtrack", "evaluate"):
         site.ends(jobs[verb], "COMPLETED")
     assert site.weights("emoji") == site.weights("plain")
@@ -56,11 +63,9 @@ def test_the_demo(site):
     assert "CC BY-SA" in scores["credit"] and len(list((site.folder / "runs/emoji/eval/nodes").iterdir())) == 3
 
 
-def test_the_deepspeed_launcher(site, reference):
+def test_the_deepspeed_launcher(site, reference, jobs):
     """One launcher per node, `deepspeed.launcher.launch --node_rank`, as `deepspeed --hostfile` starts them over ssh."""
-    flags = ["run=runs/deepspeed", f"path=runs/{reference}/path", *SETTINGS.split()]
-    job = site.sbatch("backtrack.sh", *flags, LAUNCHER="deepspeed")
-    assert "with deepspeed" in site.ends(job, "COMPLETED")
+    assert "with deepspeed" in site.ends(jobs["deepspeed"], "COMPLETED")
     assert site.weights("deepspeed") == site.weights(reference)
 
 

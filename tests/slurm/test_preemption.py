@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -63,9 +62,7 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
     ranks = training.hold(restarts=1)
-    status = json.loads(
-        site.call(sys.executable, "-m", "trainer.cli", "status", "runs/hard", "--json", PYTHONPATH=str(REPOSITORY))
-    )
+    status = json.loads(site.verb("status", "runs/hard", "--json"))
     assert status["stage"] == "backtrack" and status["state"] == "running" and status["restarts"] == 1
     assert 0 < status["step"] < status["steps"] == 20 and status["checkpoint"].startswith("step-000000")
     os.kill(ranks[1], signal.SIGKILL)
@@ -80,9 +77,7 @@ def test_time_limit_then_a_killed_rank_then_preemption(site, reference):
     assert site.cluster.show(job)["Restarts"] == "3" and log.count("resumed from") == 3
     assert log.count("stop requested, saving") == 2
     assert site.weights("hard") == site.weights(reference)
-    assert "3 restarts" in site.call(
-        sys.executable, "-m", "trainer.cli", "status", "runs/hard", PYTHONPATH=str(REPOSITORY)
-    )
+    assert "3 restarts" in site.verb("status", "runs/hard")
 
 
 def test_without_requeueing_the_job_submits_itself_again_and_dependents_follow(site, reference):

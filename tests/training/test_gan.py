@@ -208,8 +208,8 @@ def losses(folder) -> list[dict]:
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(root, world):
-    """Shared passes with a two-step student in pieces, and passes of their own with the walk, at sharded ZeRO 3, with
-    accumulation and clipping. test_everything has the other stages."""
+    """Shared passes with a two-step student in pieces at ZeRO 2, and passes of their own with the walk at sharded ZeRO 3, with
+    accumulation and clipping. test_everything has shared passes at both."""
     support.ranks("gan", root)
     for shared in (True, False):
         run = support.single(

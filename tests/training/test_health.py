@@ -109,7 +109,7 @@ def test_one_bad_rank_of_two(root):
     """DeepSpeed's own check of bf16 gradients is off: GuardedAdamW's has to skip the update on both ranks."""
     support.ranks("poison", root)
     start = load_network(root / "base" / "pipeline" / "unet").state_dict()
-    for name in ("zero2-fp32", "zero0-bf16", "zero1-bf16", "zero2-bf16", "sharded-bf16"):
+    for name in ("zero2-fp32", "zero0-bf16", "zero2-bf16", "sharded-bf16"):
         weights = torch.load(root / "poison" / f"{name}.pt")
         assert all(torch.isfinite(w).all() for w in weights.values()), name
         assert any(not torch.equal(weights[f"generator.{k}"], v) for k, v in start.items()), name
