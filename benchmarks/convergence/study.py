@@ -127,8 +127,14 @@ TRICKS = {
     "f-distill, forward KL": {"divergence": "forward-kl"},
     "f-distill, Jensen-Shannon, GAN term 0.005": {"divergence": "jensen-shannon", "gan": 5e-3},
 }
-# On emoji, those that the digits' results do not settle: options that trade accuracy for diversity, and the GAN term.
-EMOJI_TRICKS = ("as it is", "no guidance", "node guidance 1 for guidance", "node guidance 1 for guidance, warm")
+GUIDANCE = {
+    "as it is": {},
+    "guidance from 1": {"guidance_start": 1.0},
+    "weaker guidance": {},
+    "no guidance": {"guidance": 1.0},
+    "node guidance 1": {"guidance": 1.0, "node_guidance": 1.0, "method": "warm"},
+    "node guidance 0.5": {"guidance": 1.0, "node_guidance": 0.5, "method": "warm"},
+}
 # Runs that go well and badly, to see what tells them apart beforehand.
 TROUBLE = {
     "as it is": {},
@@ -174,10 +180,12 @@ FULL = [
     Part("emoji", "dmd", methods(EMOJI)),
     Part("emoji-pixels", "paper", methods(PIXELS)),
     Part("digits", "vsd", methods(DIGITS, objective="vsd"), grid=RATES, picks=PICK[:1]),
+    Part("digits", "vsd, equal rates", methods(DIGITS, objective="vsd")),
     Part("digits", "sid", methods(DIGITS, objective="sid"), grid=RATES, picks=PICK[:1]),
     Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
     Part("digits", "tricks", changed(DIGITS, TRICKS), FEW),
-    Part("emoji", "tricks", changed(EMOJI, {label: TRICKS[label] for label in EMOJI_TRICKS}), FEW),
+    Part("digits", "guidance", changed(DIGITS, GUIDANCE | {"weaker guidance": {"guidance": 1.1}})),
+    Part("emoji", "guidance", changed(EMOJI, GUIDANCE | {"weaker guidance": {"guidance": 1.2}})),
     Part("digits", "diagnostics", changed(DIGITS, TROUBLE, refit=20), FEW, points=6),
     Part("photographs", "diagnostics", changed(PIXELS, PIXEL_TROUBLE, refit=20), FEW, points=6),
     Part("photographs", "dmd", methods(PIXELS, objective="dmd"), grid=PIXEL_RATES, picks=PICK[:1]),

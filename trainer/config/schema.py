@@ -307,7 +307,7 @@ class HealthSettings(Settings):
     """warns of collapse when the spread of the samples falls below this share of its first value"""
     rising: float = Field(4.0, gt=1)
     """warns of divergence when the mismatch rises to this many times its lowest value on the current target"""
-    error: float = Field(0.95, gt=0)
+    error: float = Field(1.0, gt=0)
     """warns that the fake score is wrecked when its loss exceeds this share of the loss of predicting zero"""
     slow: float = Field(1.5, gt=1)
     """warns when a step takes this many times its median time"""
