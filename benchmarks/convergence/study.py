@@ -130,10 +130,12 @@ TRICKS = {
 GUIDANCE = {
     "as it is": {},
     "guidance from 1": {"guidance_start": 1.0},
-    "weaker guidance": {},
     "no guidance": {"guidance": 1.0},
     "node guidance 1": {"guidance": 1.0, "node_guidance": 1.0, "method": "warm"},
-    "node guidance 0.5": {"guidance": 1.0, "node_guidance": 0.5, "method": "warm"},
+}
+DIGITS_GUIDANCE = {
+    "guidance 1.1": {"guidance": 1.1},
+    "node guidance 0.5": GUIDANCE["node guidance 1"] | {"node_guidance": 0.5},
 }
 # Runs that go well and badly, to see what tells them apart beforehand.
 TROUBLE = {
@@ -184,8 +186,8 @@ FULL = [
     Part("digits", "sid", methods(DIGITS, objective="sid"), grid=RATES, picks=PICK[:1]),
     Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
     Part("digits", "tricks", changed(DIGITS, TRICKS), FEW),
-    Part("digits", "guidance", changed(DIGITS, GUIDANCE | {"weaker guidance": {"guidance": 1.1}})),
-    Part("emoji", "guidance", changed(EMOJI, GUIDANCE | {"weaker guidance": {"guidance": 1.2}})),
+    Part("digits", "guidance", changed(DIGITS, GUIDANCE | DIGITS_GUIDANCE)),
+    Part("emoji", "guidance", changed(EMOJI, GUIDANCE)),
     Part("digits", "diagnostics", changed(DIGITS, TROUBLE, refit=20), FEW, points=6),
     Part("photographs", "diagnostics", changed(PIXELS, PIXEL_TROUBLE, refit=20), FEW, points=6),
     Part("photographs", "dmd", methods(PIXELS, objective="dmd"), grid=PIXEL_RATES, picks=PICK[:1]),
