@@ -27,6 +27,7 @@ class Recipe:
     without captions (SiD's Zero-CFG). node_guidance: scale of the guidance away from the path's far node. gan, head: weights
     of the GAN term and of its head (models.gan). divergence: f-distill's, "forward-kl" or "jensen-shannon" ("": the reverse
     KL); needs the head. refit: fake updates of the better fitted fake score of the diagnostics (0: no diagnostics).
+    ema_warmup: the average's decay after n updates is at most (n + 1) / (n + 10).
     """
 
     method: str = "none"
@@ -58,6 +59,7 @@ class Recipe:
     head: float = 1e-2
     divergence: str = ""
     refit: int = 0
+    ema_warmup: bool = False
 
     @property
     def records(self) -> bool:

@@ -56,7 +56,7 @@ class Distillation:
         loss, denoising = self._fake_loss(x0, cond, draws, step)
         self.fake.step(loss, step)
         if rest == 0:
-            self._after_generator_update()
+            self._after_generator_update(update)
             if self.diagnostics:
                 self.diagnostics.add(
                     mismatch=self.gradient.mismatch, fake_loss=float(denoising), spread=float(spread(x0))
@@ -74,9 +74,10 @@ class Distillation:
         return denoising + recipe.head * head, denoising.detach()
 
     @torch.no_grad()
-    def _after_generator_update(self) -> None:
+    def _after_generator_update(self, update: int) -> None:
+        decay = min(self.recipe.ema, (update + 1) / (update + 10)) if self.recipe.ema_warmup else self.recipe.ema
         for average, p in zip(self.average, self.generator.net.parameters(), strict=True):
-            average.lerp_(p, 1 - self.recipe.ema)
+            average.lerp_(p, 1 - decay)
         if self.recipe.ida:
             for fake, p in zip(self.network.parameters(), self.generator.net.parameters(), strict=True):
                 fake.lerp_(p, self.recipe.ida)
