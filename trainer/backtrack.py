@@ -63,7 +63,7 @@ class Backtracking(DenoiserStage):
                     mismatches.append(mismatch)
             self.update_fake_score(x0, cond, batch, real_cond, draws, rates["fake_score"])
         if rest == 0:
-            self.average.update()
+            self.average.update(generator_update)
             self.target.observe(generator_update, torch.stack(mismatches).mean())
 
     def update_generator(
@@ -146,7 +146,7 @@ class Backtracking(DenoiserStage):
         self._build_roles(path)
         self.gan = GanTerm(gan, self.fake_score, self.sampler) if gan.enabled else None
         self.target = Target(self.teacher, path if settings.path == "walk" else None, settings.walk)
-        self.average = WeightAverage(self.generator, settings.ema)
+        self.average = WeightAverage(self.generator, settings.ema, settings.ema_warmup)
         self.reused = ReusedSamples(self.world, self.split, self.sampler.text.family.name)
         self.parts |= {"ema": self.average, "target": self.target, "reused": self.reused}
         self.count_flops(backtrack_flops, self.generator, gan.enabled)

@@ -168,6 +168,7 @@ def recipes(problem: str, ours: Recipe, budget: float, longer: bool, points: int
         "as released": released,
         "as released, our guidance and timestep": suited,
     }
+    ours = replace(ours, ema_warmup=True)  # found in this study, and in no other part of it
     mine = {"ours": ours} | ({"ours, longer": replace(ours, budget=budget)} if longer else {})
     return Part(
         problem, "recipe", rows | mine, grid=equal_rates(3e-5, 1e-4), untuned=tuple(mine), points=points, **more

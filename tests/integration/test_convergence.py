@@ -203,6 +203,7 @@ def test_the_loop_trains_what_the_product_trains(root, world, monkeypatch, gan):
         guidance=ours.guidance_scale,
         level=settings.conditioning_timestep,
         ema=ours.ema,
+        ema_warmup=ours.ema_warmup,
         gan=gan,
         head=0.1,
     )

@@ -229,6 +229,11 @@ def test_ema():
     ema = Ema(weights, 0.9)
     ema.update([torch.ones(3), torch.ones(2)])
     assert torch.allclose(ema.shadow[0], torch.full((3,), 0.1)) and not weights[0].any()
+    warm = Ema(weights, 0.9, warmup=True)
+    for earlier, share in ((0, 0.1), (8, 0.5), (80, 0.9), (1000, 0.9)):
+        before = float(warm.shadow[0][0])
+        warm.update([torch.ones(3), torch.ones(2)], earlier)
+        assert float(warm.shadow[0][0]) == pytest.approx(before * share + 1 - share)
     copy = Ema(weights, 0.9)
     copy.load_state_dict(ema.state_dict())
     assert torch.equal(copy.shadow[1], ema.shadow[1])

@@ -78,11 +78,12 @@ class WeightAverage:
     """The weight average (EMA) of a role: of the float32 master weights that this rank owns, updated without communication.
     It lies where the network's weights lie, also if the optimizer is offloaded."""
 
-    def __init__(self, role: Role, decay: float):
-        self.role, self.ema = role, Ema(role.masters.local(), decay, role.local()[0].device)
+    def __init__(self, role: Role, decay: float, warmup: bool = False):
+        """warmup: see Ema; `update` then needs the number of earlier updates."""
+        self.role, self.ema = role, Ema(role.masters.local(), decay, role.local()[0].device, warmup)
 
-    def update(self) -> None:
-        self.ema.update(self.role.masters.local())
+    def update(self, earlier: int = 0) -> None:
+        self.ema.update(self.role.masters.local(), earlier)
 
     def applied(self) -> AbstractContextManager:
         """Within the block the network has the averaged weights. Every rank must enter it."""
