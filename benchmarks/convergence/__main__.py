@@ -21,7 +21,7 @@ from benchmarks.convergence.recipes import METHODS
 from benchmarks.convergence.sigma import SigmaProblem
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import PROFILES, Runs
-from benchmarks.convergence.tables import table
+from benchmarks.convergence.tables import overview, shares, table, with_recordings
 from benchmarks.convergence.text import TextProblem
 from trainer.config.load import load_settings
 from trainer.config.schema import RunSettings
@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     store = Store(args.out, functools.cache(lambda name: problem(name, args.out)), args.tables)
-    runs, drawn = Runs(store.run), []
+    runs, drawn, walks = Runs(store.run), [], []
     for part in PROFILES[args.profile]:
         if args.only and f"{part.problem}/{part.name}" not in args.only:
             continue
@@ -67,8 +67,11 @@ def main() -> None:
             continue
         chosen = {label: runs.chosen[part.problem, part.name, label] for label in part.rows}
         print(f"\n{table(part, found, chosen)}\n", flush=True)
+        walks += shares(part, with_recordings(found, chosen))
         if METHODS.keys() == found.keys():
             drawn.append((part, found))
+    if walks:
+        print(f"The walk over plain distillation\n\n{overview(walks)}")
     if args.figure and drawn:
         draw(drawn, args.figure)
 

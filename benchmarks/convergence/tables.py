@@ -1,10 +1,11 @@
 """Tables of a study: scores at equal compute, and compute to thresholds, with the spread over seeds."""
 
 import math
+from statistics import fmean, variance
 
 from benchmarks.convergence.diagnostics import NAMES as DIAGNOSTICS
 from benchmarks.convergence.diagnostics import predictions
-from benchmarks.convergence.recipes import Recipe
+from benchmarks.convergence.recipes import METHODS, Recipe
 from benchmarks.convergence.scores import METRICS
 from benchmarks.convergence.study import Part
 from trainer.evaluation.costs import cost_to, mean_points, score_at, spread
@@ -56,19 +57,33 @@ def method_table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]
     return f"{title}\n\n{lines(rows)}"
 
 
-def pair_table(part: Part, found: dict[str, Curves]) -> str:
-    """Plain distillation and the walk under each change: scores at the end, and the walk's gain in compute to the best mean
-    score of plain distillation."""
-    rows = [["", "FID none", "FID walk", "pixel FD none", "pixel FD walk", "gain FID", "gain pixel FD"]]
-    rows.append(["---"] * len(rows[0]))
-    for label in dict.fromkeys(name.rpartition(": ")[0] for name in found):
-        none, walk = (found[f"{label}: {method}"] for method in ("none", "walk"))
-        cells = [spread([p[-1][metric] for p in curves]) for metric in METRICS for curves in (none, walk)]
-        for metric in METRICS:
-            first, goal = best(none, metric)
-            cells.append(gain(first, cost_to(mean_points(walk, metric), metric, goal)))
-        rows.append([label, *cells])
-    return f"{part.problem}, {part.name}: {len(part.seeds)} seeds\n\n{lines(rows)}"
+def walk_share(regime: str, none: Curves, walk: Curves) -> list[str]:
+    """A row of the overview: both at the end, the walk's gain in compute to the best mean score of plain distillation, and
+    whether it ends better or worse by more than two standard errors of the difference."""
+    cells = [regime, str(len(none))]
+    for metric in METRICS:
+        one, other = ([points[-1][metric] for points in curves] for curves in (none, walk))
+        first, goal = best(none, metric)
+        error = math.sqrt((variance(one) + variance(other)) / len(one)) if len(one) > 1 else math.inf
+        difference = fmean(other) - fmean(one)
+        verdict = "level" if abs(difference) <= 2 * error else "better" if difference < 0 else "worse"
+        reached = gain(first, cost_to(mean_points(walk, metric), metric, goal))
+        cells += [spread(one), spread(other), verdict, reached]
+    return cells
+
+
+def shares(part: Part, found: dict[str, Curves]) -> list[list[str]]:
+    """The overview's rows of a part: of its methods, or of each change of the recipe."""
+    if METHODS.keys() == found.keys():
+        return [walk_share(f"{part.problem}, {part.name}", found["none"], found["walk"])]
+    labels = dict.fromkeys(name.rpartition(": ")[0] for name in found if name.endswith(": walk"))
+    return [walk_share(f"{part.problem}, {k}", found[f"{k}: none"], found[f"{k}: walk"]) for k in labels]
+
+
+def overview(rows: list[list[str]]) -> str:
+    """What the walk gives over plain distillation at equal compute, in every regime."""
+    heads = ["", "seeds", "FID none", "walk", "", "gain", "pixel FD none", "walk", "", "gain"]
+    return lines([heads, ["---"] * len(heads), *rows])
 
 
 def diagnostics_table(part: Part, found: dict[str, Curves]) -> str:
@@ -110,13 +125,17 @@ def lines(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def with_recordings(found: dict[str, Curves], chosen: dict[str, Recipe]) -> dict[str, Curves]:
+    return {label: [paid(points, chosen[label]) for points in curves] for label, curves in found.items()}
+
+
 def table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]) -> str:
     """A part's table as Markdown."""
-    found = {label: [paid(points, chosen[label]) for points in curves] for label, curves in found.items()}
+    found = with_recordings(found, chosen)
     if part.name == "recipe":
         return recipe_table(part, found, chosen)
     if part.name == "starts":
-        return pair_table(part, found)
+        return overview(shares(part, found))
     if part.name == "diagnostics":
         return f"{diagnostics_table(part, found)}\n\n{method_table(part, found, chosen, next(iter(found)))}"
     return method_table(part, found, chosen, next(iter(found)))

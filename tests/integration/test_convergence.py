@@ -17,7 +17,7 @@ from benchmarks.convergence.problem import Problem
 from benchmarks.convergence.recipes import METHODS, Recipe
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import FULL, PICK, QUICK, Part, Runs
-from benchmarks.convergence.tables import table
+from benchmarks.convergence.tables import table, walk_share
 from benchmarks.convergence.text import TextProblem
 from benchmarks.convergence.train import Distillation, distil
 from models.diffusion import Schedule
@@ -240,6 +240,23 @@ def test_what_has_run_is_not_run_again(tmp_path):
     with pytest.raises(KeyError):
         Runs(Store(tmp_path, problem, only_known=True).run).of(part)
     assert Runs(Store(tmp_path, problem).run).of(part) == found
+
+
+def curves(*ends: float) -> list[list[dict]]:
+    """One run per end, whose scores fall to it in a straight line of the logarithms from 16."""
+    return [
+        [{"compute": c, "fid": 16 * (end / 16) ** (c / 100), "pixel_fd": 2.0} for c in (0, 50, 100)] for end in ends
+    ]
+
+
+def test_the_walks_share_is_told_with_its_spread():
+    cells = walk_share("here", curves(4, 4.1, 3.9), curves(1, 1.1, 0.9))
+    assert cells[:5] == ["here", "3", "4.00 +- 0.1", "1.00 +- 0.1", "better"] and float(cells[5]) == pytest.approx(
+        2, abs=0.05
+    )
+    assert cells[6:] == ["2.00 +- 0", "2.00 +- 0", "level", "1.00"]
+    assert walk_share("here", curves(1, 1.1, 0.9), curves(4, 4.1, 3.9))[4:6] == ["worse", "-"]
+    assert walk_share("here", curves(1, 4, 2), curves(2, 1, 3))[4] == "level"
 
 
 def test_the_parts_are_fair():
