@@ -189,7 +189,7 @@ FULL = [
     Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
     Part("digits", "tricks", changed(DIGITS, TRICKS), FEW),
     Part("digits", "guidance", changed(DIGITS, GUIDANCE | DIGITS_GUIDANCE)),
-    Part("emoji", "guidance", changed(EMOJI, GUIDANCE | {"EMA warm-up": {"ema_warmup": True}})),
+    Part("emoji", "guidance", changed(EMOJI, GUIDANCE | {"EMA warm-up": {"ema_warmup": True}}), FEW),
     Part("digits", "diagnostics", changed(DIGITS, TROUBLE, refit=20), FEW, points=6),
     Part("photographs", "diagnostics", changed(PIXELS, PIXEL_TROUBLE, refit=20), FEW, points=6),
     Part("photographs", "dmd", methods(PIXELS, objective="dmd"), grid=PIXEL_RATES, picks=PICK[:1]),
