@@ -76,16 +76,7 @@ class Stage(ABC):
     def _identity(self) -> dict:
         # These may change between a run and its resumption: how long it trains, what it shows, and how it is spread over
         # processes and network calls. Runs of earlier versions have no `ema_warmup`, which changes little once they are resumed.
-        may_change = {
-            "loop",
-            "steps",
-            "accumulation",
-            "generator_split",
-            "guidance_batch",
-            "save_raw",
-            "settle",
-            "ema_warmup",
-        }
+        may_change = set("loop steps accumulation generator_split guidance_batch save_raw settle ema_warmup".split())
         fixed = self.settings.model_dump(mode="json", exclude=may_change)
         identity = {f"{self.name}.{k}": v for k, v in fixed.items() if not k.endswith("ds_config")}
         identity |= {"timestep_shift": self.run.settings.timestep_shift, "seed": self.run.settings.seed}
