@@ -22,7 +22,8 @@ NAMES = {
     "rise": "the same as a multiple of its lowest so far",
     "excess": "the fake score's loss less that of the better fitted one, as a share of the latter",
     "cosine": "cosine of the gradient to a better fitted fake score's",
-    "spread": "spread of the samples, as a share of the first",
+    "spread": "spread of the samples",
+    "fall": "the same as a share of its highest so far",
 }
 
 
@@ -69,8 +70,9 @@ def with_ratios(points: list[dict]) -> list[dict]:
     points, found = [point for point in points if "cosine" in point], []
     for index, point in enumerate(points):
         fake_loss, mismatch = (min(p[name] for p in points[: index + 1]) for name in ("fake_loss", "mismatch"))
-        ratios = {"lag": point["fake_loss"] / fake_loss, "rise": point["mismatch"] / mismatch}
-        found.append(point | ratios | {"spread": point["spread"] / points[0]["spread"]})
+        fall = point["spread"] / max(p["spread"] for p in points[: index + 1])
+        ratios = {"lag": point["fake_loss"] / fake_loss, "rise": point["mismatch"] / mismatch, "fall": fall}
+        found.append(point | ratios)
     return found
 
 

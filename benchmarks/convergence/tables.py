@@ -91,7 +91,7 @@ def diagnostics_table(part: Part, found: dict[str, Curves]) -> str:
     heads = ["", "FID's next change", "pixel FD's next change", "final FID", "final pixel FD"]
     rows = [heads, ["---"] * len(heads)]
     for name, values in predictions([points for curves in found.values() for points in curves], METRICS).items():
-        rows.append([DIAGNOSTICS[name], *(f"{value:+.2f}" for value in values)])
+        rows.append([DIAGNOSTICS[name], *("-" if math.isnan(value) else f"{value:+.2f}" for value in values)])
     return f"{part.problem}, diagnostics: {len(found)} rows, {len(part.seeds)} seeds\n\n{lines(rows)}"
 
 

@@ -33,7 +33,7 @@ def test_a_healthy_run_says_nothing():
     ("bad", "words"),
     [
         ({"update_ratio/generator": 0.0}, "generator have not changed"),
-        ({"sample_spread": 0.1}, "spread 0.1, at first 1"),
+        ({"sample_spread": 0.1}, "spread 0.1, at best 1"),
         ({"mismatch": 0.5}, "risen to 0.5 from 0.1"),
         ({"fake_score_error": 1.02}, "1.02 of what predicting zero"),
         ({"step_seconds": 2.0}, "2.00 s, usually 1.00 s"),
@@ -78,7 +78,7 @@ def test_a_preemption_resets_no_baseline():
         after, messages = resumed(before, split), []
         for _ in range(3):
             messages += after.observe(bad)
-        assert sum("spread 0.1, at first 1" in m for m in messages) == 1
+        assert sum("spread 0.1, at best 1" in m for m in messages) == 1
         assert sum("usually 1.00 s" in m for m in messages) == slow
 
 

@@ -306,8 +306,8 @@ class HealthSettings(Settings):
 
     stop_after: int = Field(100, ge=1)
     """the run stops after this many skipped updates (gradient not finite) without a clean interval in between"""
-    spread: float = Field(0.2, ge=0)
-    """warns of collapse when the spread of the samples falls below this share of its first value"""
+    spread: float = Field(0.5, ge=0)
+    """warns of collapse when the spread of the samples falls below this share of its highest value"""
     rising: float = Field(4.0, gt=1)
     """warns of divergence when the mismatch rises to this many times its lowest value on the current target"""
     error: float = Field(1.0, gt=0)

@@ -18,17 +18,18 @@ class Health:
         self.held: dict[str, int] = {}
         self.skipped_before = 0
         self.skipped_in_a_row = 0
-        self.first_spread: float | None = None
+        self.highest_spread = 0.0
         self.lowest: tuple[int | None, float] = (None, float("inf"))  # target node, lowest mismatch on it
         self.paces: deque[float] = deque(maxlen=50)
 
     def state_dict(self) -> dict:
-        own = ("held", "skipped_before", "skipped_in_a_row", "first_spread", "lowest")
+        own = ("held", "skipped_before", "skipped_in_a_row", "highest_spread", "lowest")
         return {name: getattr(self, name) for name in own} | {"paces": list(self.paces), "split": vars(self.split)}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("skipped_before", "skipped_in_a_row", "first_spread"):
+        for name in ("skipped_before", "skipped_in_a_row"):
             setattr(self, name, state[name])
+        self.highest_spread = state.get("highest_spread", 0.0)  # earlier versions compared with the first one
         self.held, self.lowest = dict(state["held"]), tuple(state["lowest"])
         if state["split"] == vars(self.split):  # other processes have another pace
             self.paces.extend(state["paces"])
@@ -87,16 +88,17 @@ class Health:
         )
 
     def _collapsed(self, line: dict) -> str | None:
+        """The best sign of a bad end in the study (docs/convergence.md)."""
         spread = line.get("sample_spread")
         if spread is None or spread != spread:
             return None
-        self.first_spread = self.first_spread or spread
+        self.highest_spread = max(self.highest_spread, spread)
         return self._once(
             "collapse",
-            spread < self.settings.spread * self.first_spread,
+            spread < self.settings.spread * self.highest_spread,
             lambda: (
-                f"the generator's samples differ little from each other (spread {spread:.3g}, at first "
-                f"{self.first_spread:.3g}): it may be collapsing; lower its learning rate or raise fake_updates"
+                f"the generator's samples differ little from each other (spread {spread:.3g}, at best "
+                f"{self.highest_spread:.3g}): it may be collapsing; lower its learning rate or raise fake_updates"
             ),
             self.settings.patience,
         )
