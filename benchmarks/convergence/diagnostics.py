@@ -1,6 +1,7 @@
 """What could tell during training that it goes wrong: measured along a run, and compared with what the scores do next."""
 
 import copy
+import math
 import statistics
 from itertools import pairwise
 
@@ -91,4 +92,6 @@ def predictions(runs: list[list[dict]], metrics: tuple[str, ...]) -> dict[str, l
 
 
 def _rank(values: list[float], outcomes: list[float]) -> float:
+    if min(len(set(values)), len(set(outcomes))) < 2:
+        return math.nan
     return float(spearmanr(values, outcomes).statistic)
