@@ -181,7 +181,7 @@ FULL = [
     Part("digits", "dmd", methods(DIGITS), grid=RATES, picks=PICK[:1]),
     Part("digits", "dmd, equal rates", methods(DIGITS)),
     recipes("emoji", EMOJI, 1200, longer=False, points=6, picks=PICK[:1]),
-    Part("emoji", "dmd", methods(EMOJI)),
+    Part("emoji", "dmd", {name: recipe for name, recipe in methods(EMOJI).items() if name != "fine"}),
     Part("emoji-pixels", "paper", methods(PIXELS)),
     Part("digits", "vsd", methods(DIGITS, objective="vsd"), grid=RATES, picks=PICK[:1]),
     Part("digits", "vsd, equal rates", methods(DIGITS, objective="vsd")),
