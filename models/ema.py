@@ -15,9 +15,9 @@ class Ema:
         self.shadow = [t.detach().to(device or t.device, torch.float32, copy=True) for t in tensors]
 
     @torch.no_grad()
-    def update(self, tensors: list[Tensor], earlier: int = 0) -> None:
-        """shadow <- decay * shadow + (1 - decay) * tensors. earlier: the number of updates before this one, n; with a warm-up
-        the decay is at most (n + 1) / (n + 10)."""
+    def update(self, tensors: list[Tensor], earlier: int | None = None) -> None:
+        """shadow <- decay * shadow + (1 - decay) * tensors. earlier: the number of updates before this one, n, which a
+        warm-up needs: the decay is then at most (n + 1) / (n + 10)."""
         decay = min(self.decay, (earlier + 1) / (earlier + 10)) if self.warmup else self.decay
         if all(mine.device == t.device for mine, t in zip(self.shadow, tensors, strict=True)):
             torch._foreach_lerp_(self.shadow, tensors, 1 - decay)

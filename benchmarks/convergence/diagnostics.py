@@ -3,7 +3,7 @@
 import copy
 import math
 import statistics
-from itertools import pairwise
+from collections.abc import Iterable
 
 import torch
 from scipy.stats import spearmanr
@@ -79,16 +79,25 @@ def with_ratios(points: list[dict]) -> list[dict]:
 
 def predictions(runs: list[list[dict]], metrics: tuple[str, ...]) -> dict[str, list[float]]:
     """Rank correlations (Spearman) of each diagnostic over all runs: with the change of each metric from its point to the
-    next, as a ratio, and of its value at half of a run with each metric at the run's end."""
+    next, as a ratio, by itself at each point and then averaged, since both depend on how far a run is; and of its value at
+    half of a run with each metric at the run's end."""
     curves = [curve for points in runs if (curve := with_ratios(points))]
     found = {}
     for name in NAMES:
-        steps = [pair for points in curves for pair in pairwise(points)]
+        count = min(map(len, curves))
+        steps = [[(points[k], points[k + 1]) for points in curves] for k in range(count - 1)]
         middles = [(points[len(points) // 2 - 1], points[-1]) for points in curves]
-        ahead = [_rank([a[name] for a, _ in steps], [b[m] / a[m] for a, b in steps]) for m in metrics]
+        ahead = [
+            _mean(_rank([a[name] for a, _ in step], [b[m] / a[m] for a, b in step]) for step in steps) for m in metrics
+        ]
         end = [_rank([a[name] for a, _ in middles], [b[m] for _, b in middles]) for m in metrics]
         found[name] = ahead + end
     return found
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def _rank(values: list[float], outcomes: list[float]) -> float:

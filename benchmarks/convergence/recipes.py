@@ -26,7 +26,7 @@ class Recipe:
     apart: guidance's part of the gradient has a noise level of its own (Decoupled DMD). fake_text: False trains the fake score
     without captions (SiD's Zero-CFG). node_guidance: scale of the guidance away from the path's far node. gan, head: weights
     of the GAN term and of its head (models.gan). divergence: f-distill's, "forward-kl" or "jensen-shannon" ("": the reverse
-    KL); needs the head. refit: fake updates of the better fitted fake score of the diagnostics (0: no diagnostics).
+    KL); needs the head. refit: recording steps of the better fitted fake score of the diagnostics (0: no diagnostics).
     ema_warmup: the average's decay after n updates is at most (n + 1) / (n + 10).
     """
 
@@ -61,6 +61,12 @@ class Recipe:
     refit: int = 0
     ema_warmup: bool = False
 
+    def __post_init__(self):
+        if self.objective in ("sid", "difference") and (
+            self.has_head or self.apart or self.node_guidance or self.guidance_start
+        ):
+            raise ValueError(f"{self.objective} has no such variant")
+
     @property
     def records(self) -> bool:
         return self.method in ("warm", "walk", "fine") or self.node_guidance > 0
@@ -89,7 +95,8 @@ class Recipe:
     @property
     def update_cost(self) -> float:
         """Of a generator update with its fake updates: forward 1, backward 2, and back to the input alone 1."""
-        target = 1 if self.guidance == 1 and self.node_guidance == 0 else 2
+        guided = self.guidance != 1 or self.guidance_start not in (0, 1)
+        target = 1 + guided + (self.node_guidance > 0)
         generator = self._sample + 2 * self._own + target + self.apart + 1
         if self.objective == "sid":
             generator += target + 1
@@ -109,5 +116,5 @@ class Recipe:
 
     @classmethod
     def from_json(cls, fields: dict) -> "Recipe":
-        """Of a line that an earlier version may have written: fields that it does not know have their defaults."""
+        """Of a line that an earlier version may have written: fields that it lacks have their defaults."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

@@ -1,7 +1,9 @@
 """Tables of a study: scores at equal compute, and compute to thresholds, with the spread over seeds."""
 
 import math
-from statistics import fmean, variance
+from statistics import fmean
+
+from scipy.stats import ttest_rel
 
 from benchmarks.convergence.diagnostics import NAMES as DIAGNOSTICS
 from benchmarks.convergence.diagnostics import predictions
@@ -59,14 +61,15 @@ def method_table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]
 
 def walk_share(regime: str, none: Curves, walk: Curves) -> list[str]:
     """A row of the overview: both at the end, the walk's gain in compute to the best mean score of plain distillation, and
-    whether it ends better or worse by more than two standard errors of the difference."""
+    whether it ends better or worse (t test at 5% on the differences of both under each seed, which have noise and captions in
+    common)."""
     cells = [regime, str(len(none))]
     for metric in METRICS:
         one, other = ([points[-1][metric] for points in curves] for curves in (none, walk))
         first, goal = best(none, metric)
-        error = math.sqrt((variance(one) + variance(other)) / len(one)) if len(one) > 1 else math.inf
-        difference = fmean(other) - fmean(one)
-        verdict = "level" if abs(difference) <= 2 * error else "better" if difference < 0 else "worse"
+        verdict = "level"
+        if len(one) > 1 and ttest_rel(other, one).pvalue < 0.05:
+            verdict = "better" if fmean(other) < fmean(one) else "worse"
         reached = gain(first, cost_to(mean_points(walk, metric), metric, goal))
         cells += [spread(one), spread(other), verdict, reached]
     return cells
@@ -135,7 +138,7 @@ def table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]) -> st
     if part.name == "recipe":
         return recipe_table(part, found, chosen)
     if part.name == "starts":
-        return overview(shares(part, found))
+        return f"{part.problem}, starts: {len(part.seeds)} seeds\n\n{overview(shares(part, found))}"
     if part.name == "diagnostics":
         return f"{diagnostics_table(part, found)}\n\n{method_table(part, found, chosen, next(iter(found)))}"
     return method_table(part, found, chosen, next(iter(found)))

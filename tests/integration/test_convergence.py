@@ -151,6 +151,23 @@ def test_gradients_of_the_variants():
         target = Target(problem, recipe, far if recipe.records else [])
         found.append(SampleGradient(problem, recipe, target, Known(*B))(x0, cond, draws, 0))
     torch.testing.assert_close(*found)
+    node, plain = [[p.detach() for p in Known(*B).parameters()]], replace(EASY, objective="vsd")
+    recipe = replace(plain, node_guidance=0.7)
+    away, none = (
+        SampleGradient(problem, each, Target(problem, each, node), Known(*B))(x0, cond, draws, 0)
+        for each in (recipe, plain)
+    )
+    level = problem.levels(draws.uniform("t"), narrow=True)
+    x_t, alpha, sigma = problem.noised(x0, draws.normal("eps", SHAPE), level)
+    teacher, far = (problem.estimates(net, x_t, level, cond)[0] for net in (Known(*A), Known(*B)))
+    near = (level < 500).view(-1, 1, 1, 1)
+    torch.testing.assert_close(away, none - alpha * sigma * 0.7 * near * (teacher - far))
+    apart = replace(EASY, guidance=1.5, apart=True)
+    problem.estimates = lambda net, x, level, cond, guidance=1.0: (x + guidance - 1, x)
+    problem.levels_from = lambda uniform, first: problem.schedule.timesteps(uniform, first / 1000, 0.98)
+    gradient = SampleGradient(problem, apart, target, Known(*B))
+    assert (gradient(x0, cond, draws, 0) < 0).all()  # both networks agree but for the guidance, which raises the target
+    problem = Gaussian()
     for divergence in ("forward-kl", "jensen-shannon"):
         recipe = replace(EASY, divergence=divergence)
         weights = (
@@ -171,6 +188,8 @@ def test_compute_is_the_products(root, world):
     backtrack(run)
     lines = [json.loads(line) for line in (run.folder / "backtrack" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["compute"] / lines[-1]["step"] == pytest.approx(Recipe().update_cost)
+    # Noise has a mean square of 1, so that predicting zero has a loss of 1.
+    assert lines[-1]["fake_score_error"] == pytest.approx(lines[-1]["loss/fake_score"], rel=0.1)
     assert Recipe(fake_updates=5).update_cost == 25 and Recipe(objective="sid").update_cost == 12
     assert Recipe(method="walk").recording_cost == 82 and Recipe(guidance=1.0).update_cost == 8
 

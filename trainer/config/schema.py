@@ -205,9 +205,9 @@ class BacktrackSettings(TrainSettings):
     fake_score: OptimizerSettings = OptimizerSettings(lr=5e-7)
     ema: float = Field(0.999, ge=0, lt=1)
     """decay of the generator's weight average per generator update"""
-    ema_warmup: bool = True
-    """the decay is at most (n + 1) / (n + 10) after n updates: the average forgets the untrained generator ten to twenty updates
-    sooner, and is the same in the end"""
+    ema_warmup: bool = False
+    """the decay is at most (n + 1) / (n + 10) after n updates: the average forgets the untrained generator sooner, and reaches
+    `ema` after about 9 / (1 - ema) updates"""
     save_raw: bool = False
     """checkpoints also hold the generator's weights before averaging, for `disback evaluate`"""
     teacher_ds_config: PathText = "zero0"

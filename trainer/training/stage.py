@@ -75,9 +75,11 @@ class Stage(ABC):
 
     def _identity(self) -> dict:
         # These may change between a run and its resumption: how long it trains, what it shows, and how it is spread over
-        # processes and network calls. Runs of earlier versions have no `ema_warmup`, which changes little once they are resumed.
-        may_change = set("loop steps accumulation generator_split guidance_batch save_raw settle ema_warmup".split())
+        # processes and network calls.
+        may_change = {"loop", "steps", "accumulation", "generator_split", "guidance_batch", "save_raw", "settle"}
         fixed = self.settings.model_dump(mode="json", exclude=may_change)
+        if not fixed.get("ema_warmup", True):  # runs of earlier versions do not have it
+            del fixed["ema_warmup"]
         identity = {f"{self.name}.{k}": v for k, v in fixed.items() if not k.endswith("ds_config")}
         identity |= {"timestep_shift": self.run.settings.timestep_shift, "seed": self.run.settings.seed}
         identity |= {"precision": self.run.settings.precision, "samples": len(self.dataset)}

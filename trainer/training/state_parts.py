@@ -82,7 +82,7 @@ class WeightAverage:
         """warmup: see Ema; `update` then needs the number of earlier updates."""
         self.role, self.ema = role, Ema(role.masters.local(), decay, role.local()[0].device, warmup)
 
-    def update(self, earlier: int = 0) -> None:
+    def update(self, earlier: int | None = None) -> None:
         self.ema.update(self.role.masters.local(), earlier)
 
     def applied(self) -> AbstractContextManager:
