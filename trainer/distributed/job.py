@@ -1,5 +1,6 @@
 """Files for the Slurm script that started this process, in the folder DISBACK_JOB_FOLDER (see slurm/common.sh)."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterable
@@ -29,5 +30,6 @@ def report_bad_nodes(nodes: Iterable[str]) -> None:
     """Appends nodes that failed the check at the start to `bad-nodes`. The job script excludes a node after its second
     failure."""
     if folder := os.environ.get("DISBACK_JOB_FOLDER"):
-        with (Path(folder) / "bad-nodes").open("a") as stream:
+        # The folder may be on the first node's own disk: an encoding job has it where it was submitted.
+        with contextlib.suppress(OSError), (Path(folder) / "bad-nodes").open("a") as stream:
             stream.writelines(f"{node}\n" for node in nodes)
