@@ -86,7 +86,7 @@ def _measure(name: str, settings: RunSettings, steps: int, world: World) -> dict
             raise UserError("backtrack.fake_updates=1 leaves no step without a generator turn to time: use 2 or more")
         turn, average = stage.update_generator, stage.average.update
         stage.update_generator = lambda *args: probe.call(TURN, lambda: turn(*args))
-        stage.average.update = lambda: average() if probe.counting else probe.call(TURN, average)
+        stage.average.update = lambda n: average(n) if probe.counting else probe.call(TURN, lambda: average(n))
     try:
         stage.begin(0)
         turns, warm = [], cycle * max(WARM_UP // cycle, 1)
