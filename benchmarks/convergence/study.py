@@ -91,12 +91,14 @@ def changed(base: Recipe, changes: dict[str, dict], **more: object) -> dict[str,
     return {label: replace(base, **change, **more) for label, change in changes.items()}
 
 
-CHANGES = {
+STARTS = {
     "random start": {"start": "random"},
     "half the channels": {"start": "small"},
     "timestep 99": {"level": 99},
     "timestep 399": {"level": 399},
     "timestep 999": {"level": 999},
+}
+SETTINGS = {
     "5 fake updates": {"fake_updates": 5},
     "fake rate x 0.1": {"fake_lr": 6e-5},
     "fake rate x 10": {"fake_lr": 6e-3},
@@ -186,7 +188,8 @@ FULL = [
     Part("digits", "vsd", methods(DIGITS, objective="vsd"), grid=RATES, picks=PICK[:1]),
     Part("digits", "vsd, equal rates", methods(DIGITS, objective="vsd")),
     Part("digits", "sid", methods(DIGITS, objective="sid"), grid=RATES, picks=PICK[:1]),
-    Part("digits", "starts", pairs(DIGITS, CHANGES), FEW),
+    Part("digits", "starts", pairs(DIGITS, STARTS), FEW),
+    Part("digits", "settings", pairs(DIGITS, SETTINGS), FEW),
     Part("digits", "tricks", changed(DIGITS, TRICKS), FEW),
     Part("digits", "guidance", changed(DIGITS, GUIDANCE | DIGITS_GUIDANCE)),
     Part("emoji", "guidance", changed(EMOJI, GUIDANCE | {"EMA warm-up": {"ema_warmup": True}}), FEW),

@@ -137,8 +137,8 @@ def table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]) -> st
     found = with_recordings(found, chosen)
     if part.name == "recipe":
         return recipe_table(part, found, chosen)
-    if part.name == "starts":
-        return f"{part.problem}, starts: {len(part.seeds)} seeds\n\n{overview(shares(part, found))}"
+    if part.name in ("starts", "settings"):
+        return f"{part.problem}, {part.name}: {len(part.seeds)} seeds\n\n{overview(shares(part, found))}"
     if part.name == "diagnostics":
         return f"{diagnostics_table(part, found)}\n\n{method_table(part, found, chosen, next(iter(found)))}"
     return method_table(part, found, chosen, next(iter(found)))
