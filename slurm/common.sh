@@ -261,6 +261,13 @@ run_ranks() { # about verb arguments...
     [ -n "$SIGNALLER" ] && kill "$SIGNALLER" 2>/dev/null
 }
 
+# Where the ranks leave their exit-status file.
+use_job_folder() { # folder, message if it cannot be made
+    export DISBACK_JOB_FOLDER=$1
+    mkdir -p "$1" || give_up $MISTAKE "$2"
+    rm -f "$1/exit"
+}
+
 run_job() { # verb arguments...
     local folder
     ARGUMENTS=("${@:2}")
@@ -272,9 +279,7 @@ run_job() { # verb arguments...
     read_progress "$@" || give_up $MISTAKE "$PROBLEM"
     folder=$RUN/slurm/$CHAIN
     [[ $folder == /* ]] || folder=$PWD/$folder
-    export DISBACK_JOB_FOLDER=$folder
-    mkdir -p "$folder" || give_up $MISTAKE "run folder $RUN is not writable: choose another with run=..."
-    rm -f "$folder/exit"
+    use_job_folder "$folder" "run folder $RUN is not writable: choose another with run=..."
     count_starts
     STARTED_AT=$PROGRESS
     ((STALLED < MAX_STALLED)) || give_up 1 "giving up after $MAX_STALLED starts without progress ($PROGRESS)"
@@ -288,9 +293,7 @@ run_part() { # verb arguments...
     local step=${SLURM_ARRAY_TASK_STEP:-1} part
     enter_job "$1"
     part=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / (step > 0 ? step : 1)))/${SLURM_ARRAY_TASK_COUNT:-1}
-    export DISBACK_JOB_FOLDER=$PWD/.disback-$SLURM_JOB_ID
-    mkdir -p "$DISBACK_JOB_FOLDER" || give_up $MISTAKE "$PWD is not writable: submit the job from a folder that is"
-    rm -f "$DISBACK_JOB_FOLDER/exit"
+    use_job_folder "$PWD/.disback-$SLURM_JOB_ID" "$PWD is not writable: submit the job from a folder that is"
     run_ranks "part $part" "$@" --job "$part"
     find_cause
     rm -rf "$DISBACK_JOB_FOLDER"

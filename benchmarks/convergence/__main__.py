@@ -65,8 +65,9 @@ def main() -> None:
             print(f"{part.problem}, {part.name}: not complete\n", flush=True)
             continue
         chosen = {label: runs.chosen[part.problem, part.name, label] for label in part.rows}
-        print(f"\n{table(part, found, chosen)}\n", flush=True)
-        walks += shares(part, with_recordings(found, chosen))
+        paid = with_recordings(found, chosen)
+        print(f"\n{table(part, paid, chosen)}\n", flush=True)
+        walks += shares(part, paid)
         if {"none", "walk"} <= found.keys():
             drawn.append((part, found))
     if walks:

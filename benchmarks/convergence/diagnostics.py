@@ -82,11 +82,10 @@ def predictions(runs: list[list[dict]], metrics: tuple[str, ...]) -> dict[str, l
     next, as a ratio, by itself at each point and then averaged, since both depend on how far a run is; and of its value at
     half of a run with each metric at the run's end."""
     curves = [curve for points in runs if (curve := with_ratios(points))]
+    steps = [[(points[k], points[k + 1]) for points in curves] for k in range(min(map(len, curves)) - 1)]
+    middles = [(points[len(points) // 2 - 1], points[-1]) for points in curves]
     found = {}
     for name in NAMES:
-        count = min(map(len, curves))
-        steps = [[(points[k], points[k + 1]) for points in curves] for k in range(count - 1)]
-        middles = [(points[len(points) // 2 - 1], points[-1]) for points in curves]
         ahead = [
             _mean(_rank([a[name] for a, _ in step], [b[m] / a[m] for a, b in step]) for step in steps) for m in metrics
         ]

@@ -15,7 +15,8 @@ SEEDS = 1_000_000  # of evaluation noise, far from those of training
 
 class Problem(ABC):
     """A teacher and its data. Tensors are [B, *shape]; a level is what the network is told of the noise: a timestep, or
-    sigma. scores: the metrics; images: how many each score is computed on."""
+    sigma. scores: the metrics; images: how many each score is computed on. Problems with captions have more, for the recipes
+    that need a head or captions (benchmarks/convergence/text.py)."""
 
     name: str
     teacher: nn.Module

@@ -118,12 +118,9 @@ TRICKS = {
     "constant rate": {"decay": "constant"},
     "betas (0.9, 0.999)": {"betas": (0.9, 0.999)},
     "guidance 2 to 1.25": {"guidance_start": 2.0},
-    "guidance 1 to 1.25": {"guidance_start": 1.0},
     "guidance apart (Decoupled DMD)": {"apart": True},
-    "no guidance": {"guidance": 1.0},
     "no guidance, fake score without captions (Zero-CFG)": {"guidance": 1.0, "fake_text": False},
     "node guidance 1 for guidance": {"guidance": 1.0, "node_guidance": 1.0},
-    "node guidance 1 for guidance, warm": {"guidance": 1.0, "node_guidance": 1.0, "method": "warm"},
     "GAN term 0.005": {"gan": 5e-3},
     "GAN term 0.05": {"gan": 5e-2, "head": 0.1},
     "f-distill, Jensen-Shannon": {"divergence": "jensen-shannon"},
@@ -166,10 +163,7 @@ def recipes(problem: str, ours: Recipe, budget: float, longer: bool, points: int
     that the release's optimizer stands there with ours, too."""
     released = replace(RELEASED, budget=budget)
     suited = replace(released, guidance=ours.guidance, level=ours.level)
-    rows = {
-        "as released": released,
-        "as released, our guidance and timestep": suited,
-    }
+    rows = {"as released": released, "as released, our guidance and timestep": suited}
     ours = replace(ours, ema_warmup=True)  # found in this study, and in no other part of it
     mine = {"ours": ours} | ({"ours, longer": replace(ours, budget=budget)} if longer else {})
     return Part(

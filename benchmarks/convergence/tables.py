@@ -129,12 +129,12 @@ def lines(rows: list[list[str]]) -> str:
 
 
 def with_recordings(found: dict[str, Curves], chosen: dict[str, Recipe]) -> dict[str, Curves]:
+    """A part's runs as the tables take them: see `paid`."""
     return {label: [paid(points, chosen[label]) for points in curves] for label, curves in found.items()}
 
 
 def table(part: Part, found: dict[str, Curves], chosen: dict[str, Recipe]) -> str:
-    """A part's table as Markdown."""
-    found = with_recordings(found, chosen)
+    """A part's table as Markdown. found: with the recordings."""
     if part.name == "recipe":
         return recipe_table(part, found, chosen)
     if part.name in ("starts", "settings"):

@@ -17,7 +17,7 @@ from benchmarks.convergence.problem import Problem
 from benchmarks.convergence.recipes import METHODS, Recipe
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.study import FULL, PICK, QUICK, Part, Runs
-from benchmarks.convergence.tables import table, walk_share
+from benchmarks.convergence.tables import table, walk_share, with_recordings
 from benchmarks.convergence.text import TextProblem
 from benchmarks.convergence.train import Distillation, distil
 from models.diffusion import Schedule
@@ -253,7 +253,8 @@ def test_what_has_run_is_not_run_again(tmp_path):
     assert len(made) == len(text.splitlines()) == 2 * (2 * len(PICK) + 2)
     again = Runs(Store(tmp_path, problem, only_known=True).run)
     assert again.of(part) == found and again.chosen == first.chosen and len(made) == len(text.splitlines())
-    shown = table(part, found, {label: first.chosen["gaussian", "dmd", label] for label in rows})
+    chosen = {label: first.chosen["gaussian", "dmd", label] for label in rows}
+    shown = table(part, with_recordings(found, chosen), chosen)
     assert "gaussian, dmd: 2 seeds" in shown and len({line.count("|") for line in shown.splitlines()[2:]}) == 1
     (tmp_path / "runs-gaussian.jsonl").write_text(text[:-20])
     with pytest.raises(KeyError):

@@ -23,8 +23,7 @@ KEYS = (
     "save_seconds "
     "loss/fake_score loss/gan_generator loss/gan_head grad_norm/generator grad_norm/fake_score "
     "update_ratio/generator update_ratio/fake_score lr/generator lr/fake_score target_node mismatch fake_score_error "
-    "sample_spread "
-    "skipped_samples skipped interrupted_reads truncated_captions skipped_updates"
+    "sample_spread skipped_samples skipped interrupted_reads truncated_captions skipped_updates"
 ).split()
 
 
