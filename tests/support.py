@@ -142,19 +142,24 @@ def zero(stage: str) -> list[str]:
     return [f"backtrack.{e}={teacher if e.startswith('teacher') else stage}" for e in ENGINES]
 
 
+# Still one bucket for all gradients of a small network. DeepSpeed does not let go of an engine, and its default, up to 2 GB that
+# nobody touches, would add up until a worker of pytest is too large to fork.
+SMALL_BUCKET = {"reduce_bucket_size": 10_000_000}
+
+
 def sharded_zero3(folder: Path) -> str:
     """A ZeRO-3 configuration under which even the smallest parameter is sharded, and released after each use. By default
     DeepSpeed keeps what it will use again within 1e9 elements: all of a tiny network, which it looks through after each layer,
     in almost half of the time of a run."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-    return zero3_config(folder / "sharded.json", zero_optimization=zero)
+    return zero3_config(folder / "sharded.json", zero_optimization=zero | SMALL_BUCKET)
 
 
 def zero3_config(file: Path, threshold: int = 0, **values: object) -> str:
     """A ZeRO-3 configuration that keeps parameters of up to `threshold` elements gathered, with more `values`. Every rank
     may write it: none sees half of it."""
     part = file.with_name(f"{file.name}.{os.getpid()}")
-    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold} | SMALL_BUCKET
     part.write_text(json.dumps({"zero_optimization": zero} | values))
     os.replace(part, file)
     return str(file)
